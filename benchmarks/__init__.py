@@ -1,0 +1,1 @@
+"""Measurements of latency, memory and accuracy; run as scripts or through pytest-benchmark."""

@@ -1,0 +1,183 @@
+"""Integer execution of a transformer block and of the head: one class for all families, driven by the model's own description.
+
+Between two linears nothing is written in floating point that does not have to be: the norm hands over int8 codes, fc1 hands codes to fc2,
+the projections add gate·y to the residual stream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq4arvg.kv_cache import Int8KVCache
+from ptq4arvg.linear import QuantLinear
+from ptq4arvg.nn import Condition, Norm, Window
+from ptq4arvg.protocol import BlockSpec, HeadSpec, Modulation
+from ptq4arvg_kernels import adaln_quant, attention, linear, linear_gate_residual, linear_quant, linear_swiglu_quant, qkv_append, quantize
+from ptq4arvg_kernels.tables import make_kv_table
+
+__all__ = ["QuantBlock", "QuantHead"]
+
+
+def _modulation(layer: QuantLinear, condition: Condition) -> Tensor:
+    """Modulation channels ``[R, chunks·D]`` of the distinct conditions."""
+    codes, sums = quantize(condition.values, layer.table, condition.positions, layer.activation)
+    return linear(*layer.operands(codes, sums, condition.positions), "none", condition.values.dtype)
+
+
+def _chunk(modulation: Tensor, index: int, width: int) -> Tensor:
+    return modulation[:, index * width : (index + 1) * width]
+
+
+def _norm_codes(
+    x: Tensor, norm: Norm, spec: Modulation | None, modulation: Tensor | None, rows: Tensor | None, table: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    scale = shift = None
+    if spec is not None and modulation is not None:
+        scale, shift = _chunk(modulation, spec.scale, norm.dim), _chunk(modulation, spec.shift, norm.dim)
+    return adaln_quant(
+        x, norm.kind, norm.eps, norm.weight, norm.bias, scale, shift, None if scale is None else rows, norm.scale_offset, table, positions
+    )
+
+
+class QuantBlock(nn.Module):
+    """A block in integers: linears of any supported width, INT8 keys and values, position tables.
+
+    Args:
+        spec: the model's description of the block.
+        norm1, norm2, q_norm, k_norm: the (folded) norms; the latter two None unless the description has them.
+        layers: the quantized linears by role: ``qkv, proj, fc1, fc2`` and, with modulation, ``adaln``.
+        k_params, v_params: ``(delta float32 [G, H], zero_point [G, H])`` of keys and values.
+        kv_group: int ``[T]``, group of every slot.
+    """
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        norm1: Norm,
+        norm2: Norm,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        layers: dict[str, QuantLinear],
+        k_params: tuple[Tensor, Tensor],
+        v_params: tuple[Tensor, Tensor],
+        kv_group: Tensor,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.norm1, self.norm2, self.q_norm, self.k_norm = norm1, norm2, q_norm, k_norm
+        self.adaln = layers.get("adaln")
+        self.qkv, self.proj, self.fc1, self.fc2 = (layers[role] for role in ("qkv", "proj", "fc1", "fc2"))
+        for name, (delta, zero_point) in (("k", k_params), ("v", v_params)):
+            self.register_buffer(f"{name}_delta", delta.float())
+            self.register_buffer(f"{name}_zero_point", zero_point.to(torch.int16))
+            self.register_buffer(f"{name}_table", torch.zeros(*delta.shape, 4), persistent=False)
+        self.register_buffer("kv_group", kv_group.to(torch.int32))
+        self.k_delta: Tensor
+        self.k_zero_point: Tensor
+        self.k_table: Tensor
+        self.v_delta: Tensor
+        self.v_zero_point: Tensor
+        self.v_table: Tensor
+        self.kv_group: Tensor
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Derive the key and value tables from the saved parameters.
+
+        Raises:
+            ValueError: parameters outside the law.
+        """
+        self.k_table = make_kv_table(self.k_delta, self.k_zero_point)
+        self.v_table = make_kv_table(self.v_delta, self.v_zero_point)
+
+    def new_cache(self, batch: int, slots: int) -> Int8KVCache:
+        spec = self.spec.attention
+        return Int8KVCache(batch, spec.heads, slots, spec.head_dim, self.kv_group.device)
+
+    def forward(self, x: Tensor, condition: Condition | None, window: Window, cache: Int8KVCache | None = None) -> Tensor:
+        """``x`` float ``[B, P, D]``; returns the same shape. Without a cache the window must start at position 0."""
+        batch, length, width = x.shape
+        if cache is None:
+            cache = self.new_cache(batch, window.span)
+        positions = window.positions
+        modulation = rows = None
+        if self.adaln is not None and condition is not None:
+            modulation, rows = _modulation(self.adaln, condition), condition.rows
+        stream = x.reshape(batch * length, width)
+
+        codes, sums = _norm_codes(stream, self.norm1, self.spec.modulation1, modulation, rows, self.qkv.table, positions)
+        qkv = linear(*self.qkv.operands(codes, sums, positions), "none", x.dtype)
+        mixed = self._attention(qkv, window, cache)
+        codes, sums = quantize(mixed, self.proj.table, positions)
+        stream = self._add(self.proj, codes, sums, positions, self.spec.modulation1, modulation, rows, stream)
+
+        codes, sums = _norm_codes(stream, self.norm2, self.spec.modulation2, modulation, rows, self.fc1.table, positions)
+        if self.spec.activation == "swiglu":
+            codes, sums = linear_swiglu_quant(*self.fc1.operands(codes, sums, positions), self.fc2.table)
+        else:
+            activation: Any = self.spec.activation
+            codes, sums = linear_quant(*self.fc1.operands(codes, sums, positions), activation, self.fc2.table)
+        stream = self._add(self.fc2, codes, sums, positions, self.spec.modulation2, modulation, rows, stream)
+        return stream.view(batch, length, width)
+
+    def _attention(self, qkv: Tensor, window: Window, cache: Int8KVCache) -> Tensor:
+        spec = self.spec.attention
+        tables = (self.k_table, self.v_table, self.kv_group)
+        affine: dict[str, Any] = {}
+        if self.q_norm is not None and self.k_norm is not None:
+            affine = {
+                "q_weight": self.q_norm.weight,
+                "q_bias": self.q_norm.bias,
+                "k_weight": self.k_norm.weight,
+                "k_bias": self.k_norm.bias,
+                "eps": self.q_norm.eps,
+            }
+        kind: Any = spec.qk_kind
+        q = qkv_append(qkv, cache.k, cache.v, window.positions, *tables, spec.heads, kind, **affine)
+        return attention(q, cache.k, cache.v, window.visible_end, window.span, *tables, spec.softmax_scale)
+
+    def _add(
+        self,
+        layer: QuantLinear,
+        codes: Tensor,
+        sums: Tensor,
+        positions: Tensor,
+        spec: Modulation | None,
+        modulation: Tensor | None,
+        rows: Tensor | None,
+        stream: Tensor,
+    ) -> Tensor:
+        gate = None
+        if spec is not None and spec.gate is not None and modulation is not None:
+            gate = _chunk(modulation, spec.gate, layer.out_features)
+        return linear_gate_residual(*layer.operands(codes, sums, positions), gate, None if gate is None else rows, stream)
+
+
+class QuantHead(nn.Module):
+    """The last norm with its modulation and the logits' linear, in integers.
+
+    Args:
+        spec: the model's description of its head.
+        norm: the (folded) norm.
+        adaln: the modulation's linear, or None.
+        linear: the logits' linear.
+    """
+
+    def __init__(self, spec: HeadSpec, norm: Norm, adaln: QuantLinear | None, linear: QuantLinear) -> None:
+        super().__init__()
+        self.spec = spec
+        self.norm, self.adaln, self.linear = norm, adaln, linear
+
+    def forward(self, x: Tensor, condition: Condition | None, positions: Tensor) -> Tensor:
+        """Logits ``[B, P, V]`` of x ``[B, P, D]``."""
+        batch, length, width = x.shape
+        modulation = rows = None
+        if self.adaln is not None and condition is not None:
+            modulation, rows = _modulation(self.adaln, condition), condition.rows
+        codes, sums = _norm_codes(
+            x.reshape(batch * length, width), self.norm, self.spec.modulation, modulation, rows, self.linear.table, positions
+        )
+        return linear(*self.linear.operands(codes, sums, positions), "none", x.dtype).view(batch, length, -1)

@@ -1,0 +1,134 @@
+"""QuantLinear: a drop-in for ``nn.Linear`` that holds packed integer weights and computes with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq4arvg_kernels import linear, quantize
+from ptq4arvg_kernels.packing import column_sums, pack, packed_row_bytes, unpack
+from ptq4arvg_kernels.tables import make_table
+
+__all__ = ["QuantLinear"]
+
+
+class QuantLinear(nn.Module):
+    """Integer linear layer with a static input scale per sequence position.
+
+    ``forward(x, positions)`` quantizes x with the parameters of its positions, multiplies in integers and returns x's dtype. Positions are
+    an argument (or None where all positions share one group); nothing is changed by a call.
+
+    State: ``qweight`` uint8 (packed, see ``ptq4arvg_kernels.packing``), ``w_scale`` float32 ``[N]``, ``bias`` float32 ``[N]`` or None, and the
+    groups of positions: ``delta`` float32, ``zero_point`` int16, ``act_bits`` uint8 ``[G]``, ``group_of_position`` int16 ``[T]``. The table
+    ``[T, 4]`` and the column sums ``[N]`` that the operators read are derived from these (:meth:`refresh`) and not saved.
+
+    Args:
+        in_features, out_features: K and N, of any size.
+        w_bits: 8 or 6.
+        groups, length: G and T.
+        bias: whether there is one.
+        activation: applied to x before quantization: ``"none"`` or ``"silu"``.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, w_bits: int, groups: int, length: int, bias: bool = True, activation: str = "none"
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.w_bits, self.activation = in_features, out_features, w_bits, activation
+
+        def buffer(name: str, value: Tensor | None, persistent: bool = True) -> None:
+            self.register_buffer(name, value, persistent)
+
+        buffer("qweight", torch.zeros(out_features, packed_row_bytes(in_features, w_bits), dtype=torch.uint8))
+        buffer("w_scale", torch.ones(out_features))
+        buffer("bias", torch.zeros(out_features) if bias else None)
+        buffer("delta", torch.ones(groups))
+        buffer("zero_point", torch.zeros(groups, dtype=torch.int16))
+        buffer("act_bits", torch.full((groups,), 8, dtype=torch.uint8))
+        buffer("group_of_position", torch.zeros(length, dtype=torch.int16))
+        buffer("table", torch.zeros(length, 4), persistent=False)
+        buffer("col_sums", torch.zeros(out_features, dtype=torch.int32), persistent=False)
+        self.qweight: Tensor
+        self.w_scale: Tensor
+        self.bias: Tensor | None
+        self.delta: Tensor
+        self.zero_point: Tensor
+        self.act_bits: Tensor
+        self.group_of_position: Tensor
+        self.table: Tensor
+        self.col_sums: Tensor
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        w_bits: int,
+        delta: Tensor,
+        zero_point: Tensor,
+        act_bits: Tensor,
+        group_of_position: Tensor,
+        activation: str = "none",
+    ) -> QuantLinear:
+        """Pack weight codes int8 ``[N, K]`` with their scales ``[N]`` and attach the input's static parameters.
+
+        Raises:
+            ValueError: codes outside the symmetric grid, a step that is not positive, a zero point outside its grid, sizes that disagree.
+        """
+        out_features, in_features = codes.shape
+        if w_scale.shape != (out_features,) or not bool((torch.isfinite(w_scale) & (w_scale > 0)).all()):
+            raise ValueError(f"w_scale must hold {out_features} finite positive numbers, got shape {tuple(w_scale.shape)}")
+        layer = cls(in_features, out_features, w_bits, len(delta), len(group_of_position), bias is not None, activation)
+        layer.qweight = pack(codes, w_bits)
+        layer.w_scale = w_scale.detach().float().contiguous()
+        layer.bias = None if bias is None else bias.detach().float().clone()
+        layer.delta = delta.detach().float().contiguous()
+        layer.zero_point = zero_point.to(torch.int16)
+        layer.act_bits = act_bits.to(torch.uint8)
+        layer.group_of_position = group_of_position.to(torch.int16)
+        return layer.refresh()
+
+    def refresh(self) -> QuantLinear:
+        """Derive the position table and the column sums from the saved state, checking both. Returns self.
+
+        Raises:
+            ValueError: corrupt codes or parameters outside the law.
+        """
+        self.table = make_table(self.delta, self.zero_point, self.act_bits, self.group_of_position.long())
+        self.col_sums = column_sums(unpack(self.qweight, self.w_bits, self.in_features))
+        return self
+
+    def operands(self, codes: Tensor, row_sums: Tensor, positions: Tensor) -> tuple[Any, ...]:
+        """Arguments that every linear operator of ``ptq4arvg_kernels`` takes first."""
+        weight = (self.qweight, self.w_bits, self.in_features, self.w_scale, self.col_sums, self.bias)
+        return (codes, row_sums, *weight, self.table, positions)
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """``x`` float ``[…, K]``, ``positions`` int64 ``[P]`` (batch-major rows, P divides them); returns ``[…, N]``.
+
+        Raises:
+            ValueError: no positions although positions differ in scale, or a last axis that is not K.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"input has {x.shape[-1]} features, this layer takes {self.in_features}")
+        if positions is None:
+            if len(self.delta) != 1:
+                raise ValueError(
+                    f"this layer has {len(self.delta)} groups of positions; pass positions (int64 [P]) so that it can choose the scale"
+                )
+            positions = torch.zeros(1, dtype=torch.int64, device=x.device)
+        rows = x.reshape(-1, self.in_features)
+        codes, row_sums = quantize(rows, self.table, positions, self.activation)
+        y = linear(*self.operands(codes, row_sums, positions), "none", x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def dequantized_weight(self) -> Tensor:
+        """``s_j · w_jk``, float32 ``[N, K]``."""
+        return unpack(self.qweight, self.w_bits, self.in_features).float() * self.w_scale[:, None]
+
+    def extra_repr(self) -> str:
+        bits = sorted(set(self.act_bits.tolist()))
+        return f"{self.in_features} → {self.out_features}, W{self.w_bits}A{'/'.join(map(str, bits))}, {len(self.delta)} groups"

@@ -1,0 +1,222 @@
+"""The pipeline: a floating-point generator and a recipe in, a generator in integers out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq4arvg.blocks import QuantBlock, QuantHead
+from ptq4arvg.calibration.dgc import select
+from ptq4arvg.calibration.gps import ChannelScale, channel_shift, gps_scale
+from ptq4arvg.calibration.observers import RowSample
+from ptq4arvg.calibration.quantizers import symmetric_rows
+from ptq4arvg.calibration.stwq import Statistics, kv_groups, measure
+from ptq4arvg.calibration.watch import calibration_pass, watch_linears
+from ptq4arvg.errors import CalibrationError
+from ptq4arvg.fold import fold, pair_weight
+from ptq4arvg.linear import QuantLinear
+from ptq4arvg.protocol import CalibrationSet, FoldPair, LinearSpec
+from ptq4arvg.recipes import Recipe, named_recipe
+
+__all__ = ["FORMAT_VERSION", "assemble", "collect_calibration", "pair_rows", "quantize", "round_tables"]
+
+FORMAT_VERSION = 1
+Progress = Callable[[float, str], None]
+
+# Rows per norm → Linear pair from which shifts and scales are derived.
+PAIR_ROWS = 4096
+
+
+def collect_calibration(model: Any, samples: int = 128, seed: int = 0, progress: Progress | None = None) -> CalibrationSet:
+    """Sequences drawn by the model itself under guidance, both branches recorded: 2·samples of them. No data set is needed.
+
+    Args:
+        model: floating-point generator that speaks the protocol.
+        samples: class labels drawn at random.
+        seed: of labels and sampling.
+
+    Raises:
+        CalibrationError: fewer than one sample.
+    """
+    if samples < 1:
+        raise CalibrationError(f"calibration needs at least one sample, got {samples}; pass samples ≥ 1")
+    labels = torch.randint(model.conditioning.classes, (samples,), generator=torch.Generator().manual_seed(seed))
+    steps = model.sequence_length
+    report = None if progress is None else (lambda step: progress(min(1.0, (step + 1) / steps), "sample calibration sequences"))
+    return model.sample_calibration(labels, seed, report)
+
+
+def pair_rows(model: Any, pairs: list[FoldPair], sequences: CalibrationSet, batch: int, limit: int = PAIR_ROWS) -> dict[str, Tensor]:
+    """A sample of the non-sink rows that each pair's linears read, float32 ``[n, D]`` by norm path."""
+    keep = torch.ones(model.sequence_length, dtype=torch.bool)
+    if len(model.sinks) < model.sequence_length:
+        keep[list(model.sinks)] = False
+    by_linear = {pair.linears[0]: pair.norm for pair in pairs}
+    samples = {pair.norm: RowSample(len(sequences), keep, limit) for pair in pairs}
+    with watch_linears(model, list(by_linear), lambda path, rows: samples[by_linear[path]].see(rows.values, rows.positions)):
+        calibration_pass(model, sequences, batch)
+    return {norm: sample.rows() for norm, sample in samples.items()}
+
+
+def quantize(
+    model: Any,
+    recipe: str | Recipe = "w8a8",
+    calibration: CalibrationSet | None = None,
+    *,
+    samples: int = 128,
+    seed: int = 0,
+    batch: int = 32,
+    progress: Progress | None = None,
+) -> Any:
+    """Quantize a generator without training: DGC, channel shift and GPS, folding, STWQ, packing.
+
+    Args:
+        model: floating-point generator that speaks :class:`ptq4arvg.protocol.GeneratorProtocol`; left unchanged.
+        recipe: ``"w8a8"``, ``"w6a8"``, ``"w6a6"`` or a :class:`~ptq4arvg.recipes.Recipe`.
+        calibration: recorded sequences (:func:`collect_calibration`); None records ``2·samples`` from the model now.
+        samples: how many sequences calibration keeps (DGC chooses them among those recorded).
+        seed: of the recording.
+        batch: sequences per calibration forward.
+        progress: called with a fraction and what is being done.
+
+    Returns:
+        a generator of the same class, with the same ``generate`` and ``forward``, whose blocks and head compute in integers. Its attribute
+        ``quantization`` says how it was made (JSON-able).
+
+    Raises:
+        ValueError: an unknown recipe, or one that integers cannot hold.
+        CalibrationError: no calibration sequences, or NaN or infinity on the way.
+    """
+    recipe = named_recipe(recipe)
+    tell = progress or (lambda fraction, what: None)
+    if calibration is None:
+        calibration = collect_calibration(model, samples, seed, lambda fraction, what: tell(0.3 * fraction, what))
+    if len(calibration) == 0:
+        raise CalibrationError("calibration holds no sequences; record some with collect_calibration(model, samples ≥ 1)")
+    tell(0.3, "choose sequences")
+    work = copy.deepcopy(model).float().eval()
+    keep = min(samples, len(calibration))
+    chosen = select(work, calibration, keep, batch) if recipe.dgc else None
+    sequences = calibration.select(_alternating(calibration, keep) if chosen is None else chosen.rows)
+
+    pairs = [pair for pair in work.fold_pairs() if pair.role in recipe.scaled_roles]
+    scales = _scale_pairs(work, pairs, recipe, sequences, batch, lambda fraction: tell(0.35 + 0.3 * fraction, "scale channels"))
+    statistics = measure(
+        work, sequences, batch=batch, progress=lambda fraction: tell(0.65 + 0.25 * fraction, "measure static scales")
+    )
+    tell(0.9, "pack")
+    result = assemble(work, recipe, statistics)
+    result.quantization = {
+        "format_version": FORMAT_VERSION,
+        "family": model.family,
+        "config": model.config_dict(),
+        "recipe": recipe.to_dict(),
+        "weight_bits": max(recipe.weight_bits.values()),
+        "act_bits": max(recipe.act_bits.values()),
+        "integer": True,
+        "calibration": {"seed": seed, "sequences": len(sequences), "dgc": None if chosen is None else chosen.report()},
+        "scaling": scales,
+    }
+    tell(1.0, "done")
+    return result
+
+
+def _alternating(calibration: CalibrationSet, count: int) -> Tensor:
+    """The first ``count`` rows, taking one of each branch in turn."""
+    branch_order = torch.where(
+        calibration.conditional, calibration.conditional.cumsum(0), (~calibration.conditional).cumsum(0)
+    )
+    return branch_order.argsort(stable=True)[:count]
+
+
+def _scale_pairs(
+    model: Any, pairs: list[FoldPair], recipe: Recipe, sequences: CalibrationSet, batch: int, progress: Callable[[float], None]
+) -> dict[str, Any]:
+    """Shift and scale every pair, folding as it goes; returns what was found, by norm path."""
+    if not pairs:
+        return {}
+    rows = pair_rows(model, pairs, sequences, batch)
+    report: dict[str, Any] = {}
+    for done, pair in enumerate(pairs):
+        act_bits, weight_bits = recipe.act_bits[pair.role], recipe.weight_bits[pair.role]
+        x = rows.pop(pair.norm).double()
+        shift = channel_shift(x, act_bits)
+        found: ChannelScale = gps_scale(x - shift, pair_weight(model, pair), act_bits, weight_bits)
+        # x/s − p with p in scaled units: the shift was found before scaling.
+        fold(model, pair, found.scale, shift / found.scale)
+        report[pair.norm] = {
+            "start": found.start,
+            "rounds": found.rounds,
+            "factor": found.factor,
+            "relative_error": found.error,
+            "relative_error_unscaled": found.unscaled_error,
+        }
+        progress((done + 1) / len(pairs))
+    return report
+
+
+def round_tables(model: nn.Module, replaced: set[str]) -> None:
+    """Round the parameters that stay in floating point and are tables (embeddings) to fp16, in which checkpoints store them."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and not any(name.startswith(path) for path in replaced):
+                parameter.copy_(parameter.half().to(parameter.dtype))
+
+
+def _linear(model: Any, path: str, spec: LinearSpec, recipe: Recipe, statistics: Statistics) -> QuantLinear:
+    layer = model.get_submodule(path)
+    params = statistics.linear(path, recipe.act_bits[spec.role], recipe.sink_bits)
+    codes, scale = symmetric_rows(layer.weight.detach(), recipe.weight_bits[spec.role])
+    bias = None if layer.bias is None else layer.bias
+    return QuantLinear.from_codes(
+        codes,
+        scale,
+        bias,
+        recipe.weight_bits[spec.role],
+        params.delta,
+        params.zero_point,
+        params.bits,
+        params.group_of_position,
+        spec.activation,
+    )
+
+
+def assemble(model: Any, recipe: Recipe, statistics: Statistics) -> Any:
+    """Replace blocks and head of ``model`` (folded, measured) by integer ones, in place; returns it."""
+    specs = model.linear_specs()
+
+    def make(path: str) -> QuantLinear:
+        return _linear(model, path, specs[path], recipe, statistics)
+
+    def norm(path: str | None) -> Any:
+        return None if path is None else model.get_submodule(path)
+
+    blocks: dict[str, nn.Module] = {}
+    for spec in model.block_specs():
+        layers = {"qkv": make(spec.qkv), "proj": make(spec.proj), "fc1": make(spec.fc1), "fc2": make(spec.fc2)}
+        if spec.modulation is not None:
+            layers["adaln"] = make(spec.modulation.linear)
+        at = spec.attention
+        blocks[spec.path] = QuantBlock(
+            spec,
+            norm(spec.norm1),
+            norm(spec.norm2),
+            norm(at.q_norm),
+            norm(at.k_norm),
+            layers,
+            statistics.kv(at.path, "k", at.heads),
+            statistics.kv(at.path, "v", at.heads),
+            kv_groups(model),
+        )
+    head = model.head_spec()
+    adaln = None if head.modulation is None else make(head.modulation.linear)
+    fused = QuantHead(head, norm(head.norm), adaln, make(head.linear))
+    for path, block in blocks.items():
+        model.set_submodule(path, block)
+    model.replace_head(fused)
+    round_tables(model, {*blocks, "fused_head"})
+    return model.eval().requires_grad_(False)

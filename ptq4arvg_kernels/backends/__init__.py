@@ -1,0 +1,13 @@
+"""Built-in backends. Importing this package registers them; a backend that cannot run here registers all the same and
+says why in ``unavailable()``, so that the report of :func:`ptq4arvg_kernels.doctor` is complete.
+
+The result for a NaN is not part of the arithmetic: a backend that can read its data raises (the reference does), the
+others state which code they produce.
+"""
+
+from ..registry import register_backend
+from .reference import ReferenceBackend
+
+REFERENCE_PRIORITY = 0
+
+register_backend(ReferenceBackend(), REFERENCE_PRIORITY)
