@@ -1,7 +1,9 @@
-"""Integer execution of a transformer block and of the head: one class for all families, driven by the model's own description.
+"""Integer execution of a transformer block and of the head.
 
-Between two linears nothing is written in floating point that does not have to be: the norm hands over int8 codes, fc1 hands codes to fc2,
-the projections add gate·y to the residual stream.
+One class serves all families, driven by the model's own description.
+
+Between two linears nothing is written in floating point that does not have to be: the norm hands over int8 codes, fc1
+hands codes to fc2, the projections add gate·y to the residual stream.
 """
 
 from __future__ import annotations
@@ -15,7 +17,16 @@ from ptq4arvg.kv_cache import Int8KVCache
 from ptq4arvg.linear import QuantLinear
 from ptq4arvg.nn import Condition, Norm, Window
 from ptq4arvg.protocol import BlockSpec, HeadSpec, Modulation
-from ptq4arvg_kernels import adaln_quant, attention, linear, linear_gate_residual, linear_quant, linear_swiglu_quant, qkv_append, quantize
+from ptq4arvg_kernels import (
+    adaln_quant,
+    attention,
+    linear,
+    linear_gate_residual,
+    linear_quant,
+    linear_swiglu_quant,
+    qkv_append,
+    quantize,
+)
 from ptq4arvg_kernels.tables import make_kv_table
 
 __all__ = ["QuantBlock", "QuantHead"]
@@ -32,13 +43,29 @@ def _chunk(modulation: Tensor, index: int, width: int) -> Tensor:
 
 
 def _norm_codes(
-    x: Tensor, norm: Norm, spec: Modulation | None, modulation: Tensor | None, rows: Tensor | None, table: Tensor, positions: Tensor
+    x: Tensor,
+    norm: Norm,
+    spec: Modulation | None,
+    modulation: Tensor | None,
+    rows: Tensor | None,
+    table: Tensor,
+    positions: Tensor,
 ) -> tuple[Tensor, Tensor]:
     scale = shift = None
     if spec is not None and modulation is not None:
         scale, shift = _chunk(modulation, spec.scale, norm.dim), _chunk(modulation, spec.shift, norm.dim)
     return adaln_quant(
-        x, norm.kind, norm.eps, norm.weight, norm.bias, scale, shift, None if scale is None else rows, norm.scale_offset, table, positions
+        x,
+        norm.kind,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+        scale,
+        shift,
+        None if scale is None else rows,
+        norm.scale_offset,
+        table,
+        positions,
     )
 
 
@@ -88,8 +115,12 @@ class QuantBlock(nn.Module):
         """Derive the key and value tables from the saved parameters.
 
         Raises:
-            ValueError: parameters outside the law.
+            ValueError: parameters outside the law, or a slot in a group that does not exist.
         """
+        groups = len(self.k_delta)
+        outside = self.kv_group[(self.kv_group < 0) | (self.kv_group >= groups)]
+        if len(outside):
+            raise ValueError(f"kv_group contains {int(outside[0])}, valid groups are 0 to {groups - 1}")
         self.k_table = make_kv_table(self.k_delta, self.k_zero_point)
         self.v_table = make_kv_table(self.v_delta, self.v_zero_point)
 
@@ -97,10 +128,20 @@ class QuantBlock(nn.Module):
         spec = self.spec.attention
         return Int8KVCache(batch, spec.heads, slots, spec.head_dim, self.kv_group.device)
 
-    def forward(self, x: Tensor, condition: Condition | None, window: Window, cache: Int8KVCache | None = None) -> Tensor:
-        """``x`` float ``[B, P, D]``; returns the same shape. Without a cache the window must start at position 0."""
+    def forward(
+        self, x: Tensor, condition: Condition | None, window: Window, cache: Int8KVCache | None = None
+    ) -> Tensor:
+        """``x`` float ``[B, P, D]``; returns the same shape. Without a cache the window must start at position 0.
+
+        Raises:
+            ValueError: no cache, although the window looks at slots that it does not compute.
+        """
         batch, length, width = x.shape
         if cache is None:
+            if window.span > length:
+                raise ValueError(
+                    f"a window of {length} positions looking at {window.span} slots needs a cache of the earlier ones"
+                )
             cache = self.new_cache(batch, window.span)
         positions = window.positions
         modulation = rows = None
@@ -108,13 +149,17 @@ class QuantBlock(nn.Module):
             modulation, rows = _modulation(self.adaln, condition), condition.rows
         stream = x.reshape(batch * length, width)
 
-        codes, sums = _norm_codes(stream, self.norm1, self.spec.modulation1, modulation, rows, self.qkv.table, positions)
+        codes, sums = _norm_codes(
+            stream, self.norm1, self.spec.modulation1, modulation, rows, self.qkv.table, positions
+        )
         qkv = linear(*self.qkv.operands(codes, sums, positions), "none", x.dtype)
         mixed = self._attention(qkv, window, cache)
         codes, sums = quantize(mixed, self.proj.table, positions)
         stream = self._add(self.proj, codes, sums, positions, self.spec.modulation1, modulation, rows, stream)
 
-        codes, sums = _norm_codes(stream, self.norm2, self.spec.modulation2, modulation, rows, self.fc1.table, positions)
+        codes, sums = _norm_codes(
+            stream, self.norm2, self.spec.modulation2, modulation, rows, self.fc1.table, positions
+        )
         if self.spec.activation == "swiglu":
             codes, sums = linear_swiglu_quant(*self.fc1.operands(codes, sums, positions), self.fc2.table)
         else:
@@ -153,7 +198,9 @@ class QuantBlock(nn.Module):
         gate = None
         if spec is not None and spec.gate is not None and modulation is not None:
             gate = _chunk(modulation, spec.gate, layer.out_features)
-        return linear_gate_residual(*layer.operands(codes, sums, positions), gate, None if gate is None else rows, stream)
+        return linear_gate_residual(
+            *layer.operands(codes, sums, positions), gate, None if gate is None else rows, stream
+        )
 
 
 class QuantHead(nn.Module):
@@ -178,6 +225,12 @@ class QuantHead(nn.Module):
         if self.adaln is not None and condition is not None:
             modulation, rows = _modulation(self.adaln, condition), condition.rows
         codes, sums = _norm_codes(
-            x.reshape(batch * length, width), self.norm, self.spec.modulation, modulation, rows, self.linear.table, positions
+            x.reshape(batch * length, width),
+            self.norm,
+            self.spec.modulation,
+            modulation,
+            rows,
+            self.linear.table,
+            positions,
         )
         return linear(*self.linear.operands(codes, sums, positions), "none", x.dtype).view(batch, length, -1)

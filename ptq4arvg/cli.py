@@ -103,7 +103,7 @@ def quantize_command(
 ) -> None:
     """Calibrate a generator on its own samples and pack it into integers."""
     from ptq4arvg import checkpoint as files
-    from ptq4arvg import quantize
+    from ptq4arvg.pipeline import quantize
     from ptq4arvg.sources import open_original
 
     if output.suffix != ".safetensors":

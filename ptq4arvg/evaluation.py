@@ -155,7 +155,7 @@ class Experiment:
 
     def prepare(self, progress: Progress = lambda fraction, what: None) -> None:
         """Sample the calibration sequences and the held-out sequences, unless that is done."""
-        from ptq4arvg import collect_calibration
+        from ptq4arvg.pipeline import collect_calibration
 
         if self.calibration is not None:
             return
@@ -227,7 +227,8 @@ class Experiment:
                 calibration=self.calibration,
             )
             return simulated, None
-        from ptq4arvg import checkpoint, quantize
+        from ptq4arvg import checkpoint
+        from ptq4arvg.pipeline import quantize
 
         quantized = quantize(
             self.model, spec.recipe, self.calibration, progress=lambda fraction, what: progress(fraction)

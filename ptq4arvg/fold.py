@@ -1,7 +1,8 @@
-"""Folding per-channel scales and shifts between a norm and the linears that read it: exact in floating point (method.md §1.5).
+"""Folding per-channel scales and shifts between a norm and the linears that read it: exact in floating point (method.md
+§1.5).
 
-The linears then see ``x' = x/s − p``. Nothing of s or p remains in the forward pass: a modulated norm absorbs both into its modulation's
-rows (and the constant 1 with them, leaving ``scale_offset`` 0), a plain one into its affine.
+The linears then see ``x' = x/s − p``. Nothing of s or p remains in the forward pass: a modulated norm absorbs both into
+its modulation's rows (and the constant 1 with them, leaving ``scale_offset`` 0), a plain one into its affine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def pair_weight(model: Any, pair: FoldPair) -> Tensor:
 
 @torch.no_grad()
 def fold(model: Any, pair: FoldPair, scale: Tensor, shift: Tensor) -> None:
-    """Fold ``x' = x/scale − shift`` into the norm and linears of ``pair``, in place; the model's function does not change.
+    """Fold ``x' = x/scale − shift`` into the norm and linears of ``pair``, in place; the model's function does not
+    change.
 
     Args:
         model: the generator.
@@ -42,7 +44,9 @@ def fold(model: Any, pair: FoldPair, scale: Tensor, shift: Tensor) -> None:
         if value.shape != (norm.dim,):
             raise ValueError(f"{pair.norm}: {name} has shape {tuple(value.shape)}, expected ({norm.dim},)")
         if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{pair.norm}: {name} contains {float(value[~torch.isfinite(value)][0])}; it must be finite")
+            raise ValueError(
+                f"{pair.norm}: {name} contains {float(value[~torch.isfinite(value)][0])}; it must be finite"
+            )
     if not bool((scale > 0).all()):
         raise ValueError(f"{pair.norm}: scale contains {float(scale[scale <= 0][0])}; channel factors must be positive")
     s, p = scale.double(), shift.double()
@@ -59,8 +63,8 @@ def fold(model: Any, pair: FoldPair, scale: Tensor, shift: Tensor) -> None:
         like = model.get_submodule(pair.linears[0]).weight
         gain = torch.ones_like(s) if norm.weight is None else norm.weight.double()
         bias = torch.zeros_like(s) if norm.bias is None else norm.bias.double()
-        norm.weight = nn.Parameter((gain / s).to(like.dtype))
-        norm.bias = nn.Parameter((bias / s - p).to(like.dtype))
+        norm.weight = nn.Parameter((gain / s).to(like.dtype), like.requires_grad)
+        norm.bias = nn.Parameter((bias / s - p).to(like.dtype), like.requires_grad)
     for path in pair.linears:
         linear = model.get_submodule(path)
         _ensure_bias(linear)
@@ -71,4 +75,6 @@ def fold(model: Any, pair: FoldPair, scale: Tensor, shift: Tensor) -> None:
 
 def _ensure_bias(linear: nn.Linear) -> None:
     if linear.bias is None:
-        linear.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device))
+        weight = linear.weight
+        zeros = torch.zeros(linear.out_features, dtype=weight.dtype, device=weight.device)
+        linear.bias = nn.Parameter(zeros, weight.requires_grad)

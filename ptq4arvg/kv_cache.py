@@ -10,7 +10,10 @@ __all__ = ["Int8KVCache"]
 
 
 class Int8KVCache:
-    """Codes of keys and values, int8 ``[B, H, S, dp]``; the slot of a token is its position, dp the head width padded to 16 bytes."""
+    """Codes of keys and values, int8 ``[B, H, S, dp]``.
+
+    The slot of a token is its position; dp is the head width padded to 16 bytes.
+    """
 
     def __init__(self, batch: int, heads: int, slots: int, head_dim: int, device: torch.device) -> None:
         shape = (batch, heads, slots, padded_head_dim(head_dim))

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ptq4arvg_kernels import linear, quantize
+from ptq4arvg_kernels.ops import Activation
 from ptq4arvg_kernels.packing import column_sums, pack, packed_row_bytes, unpack
 from ptq4arvg_kernels.tables import make_table
 
 __all__ = ["QuantLinear"]
 
+# codes, row sums, packed weight, weight bits, K, weight scales, column sums, bias, table, positions
+Operands: TypeAlias = tuple[Tensor, Tensor, Tensor, int, int, Tensor, Tensor, Tensor | None, Tensor, Tensor]
+
 
 class QuantLinear(nn.Module):
     """Integer linear layer with a static input scale per sequence position.
 
-    ``forward(x, positions)`` quantizes x with the parameters of its positions, multiplies in integers and returns x's dtype. Positions are
-    an argument (or None where all positions share one group); nothing is changed by a call.
+    ``forward(x, positions)`` quantizes x with the parameters of its positions, multiplies in integers and returns x's
+    dtype. Positions are an argument (or None where all positions share one group); nothing is changed by a call.
 
-    State: ``qweight`` uint8 (packed, see ``ptq4arvg_kernels.packing``), ``w_scale`` float32 ``[N]``, ``bias`` float32 ``[N]`` or None, and the
-    groups of positions: ``delta`` float32, ``zero_point`` int16, ``act_bits`` uint8 ``[G]``, ``group_of_position`` int16 ``[T]``. The table
-    ``[T, 4]`` and the column sums ``[N]`` that the operators read are derived from these (:meth:`refresh`) and not saved.
+    State: ``qweight`` uint8 (packed, see ``ptq4arvg_kernels.packing``), ``w_scale`` float32 ``[N]``, ``bias`` float32
+    ``[N]`` or None, and the groups of positions: ``delta`` float32, ``zero_point`` int16, ``act_bits`` uint8 ``[G]``,
+    ``group_of_position`` int16 ``[T]``. The table ``[T, 4]`` and the column sums ``[N]`` that the operators read are
+    derived from these (:meth:`refresh`) and not saved.
 
     Args:
         in_features, out_features: K and N, of any size.
@@ -33,10 +38,20 @@ class QuantLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, w_bits: int, groups: int, length: int, bias: bool = True, activation: str = "none"
+        self,
+        in_features: int,
+        out_features: int,
+        w_bits: int,
+        groups: int,
+        length: int,
+        bias: bool = True,
+        activation: str = "none",
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.w_bits, self.activation = in_features, out_features, w_bits, activation
+        if activation not in get_args(Activation):
+            raise ValueError(f"activation is {activation!r}; known: {', '.join(get_args(Activation))}")
+        self.in_features, self.out_features, self.w_bits = in_features, out_features, w_bits
+        self.activation = cast(Activation, activation)
 
         def buffer(name: str, value: Tensor | None, persistent: bool = True) -> None:
             self.register_buffer(name, value, persistent)
@@ -76,35 +91,59 @@ class QuantLinear(nn.Module):
         """Pack weight codes int8 ``[N, K]`` with their scales ``[N]`` and attach the input's static parameters.
 
         Raises:
-            ValueError: codes outside the symmetric grid, a step that is not positive, a zero point outside its grid, sizes that disagree.
+            ValueError: codes outside the symmetric grid, a step that is not positive, a zero point that is not an
+                integer of its grid, sizes that disagree.
+            IndexError: a position in a group that does not exist.
         """
+        if codes.ndim != 2:
+            raise ValueError(f"codes have shape {tuple(codes.shape)}, expected [N, K]")
         out_features, in_features = codes.shape
-        if w_scale.shape != (out_features,) or not bool((torch.isfinite(w_scale) & (w_scale > 0)).all()):
-            raise ValueError(f"w_scale must hold {out_features} finite positive numbers, got shape {tuple(w_scale.shape)}")
-        layer = cls(in_features, out_features, w_bits, len(delta), len(group_of_position), bias is not None, activation)
+        if bias is not None and bias.shape != (out_features,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({out_features},)")
+        # Checked as given: the storage types below would round a fractional zero point and wrap a large one.
+        table = make_table(delta.float(), zero_point, act_bits, group_of_position)
+        layer = cls(in_features, out_features, w_bits, len(delta), len(table), bias is not None, activation)
         layer.qweight = pack(codes, w_bits)
-        layer.w_scale = w_scale.detach().float().contiguous()
+        layer.w_scale = w_scale.detach().float().clone()
         layer.bias = None if bias is None else bias.detach().float().clone()
-        layer.delta = delta.detach().float().contiguous()
+        layer.delta = delta.detach().float().clone()
         layer.zero_point = zero_point.to(torch.int16)
         layer.act_bits = act_bits.to(torch.uint8)
         layer.group_of_position = group_of_position.to(torch.int16)
         return layer.refresh()
 
     def refresh(self) -> QuantLinear:
-        """Derive the position table and the column sums from the saved state, checking both. Returns self.
+        """Derive the position table and the column sums from the saved state, checking all of it. Returns self.
 
         Raises:
             ValueError: corrupt codes or parameters outside the law.
         """
+        scale_ok = torch.isfinite(self.w_scale) & (self.w_scale > 0)
+        if self.w_scale.shape != (self.out_features,) or not bool(scale_ok.all()):
+            wrong = (
+                f"{float(self.w_scale[~scale_ok][0])}" if not bool(scale_ok.all()) else f"{len(self.w_scale)} numbers"
+            )
+            raise ValueError(f"w_scale holds {wrong}; expected {self.out_features} finite positive numbers")
+        if self.bias is not None and not bool(torch.isfinite(self.bias).all()):
+            raise ValueError(f"bias holds {float(self.bias[~torch.isfinite(self.bias)][0])}; it must be finite")
         self.table = make_table(self.delta, self.zero_point, self.act_bits, self.group_of_position.long())
         self.col_sums = column_sums(unpack(self.qweight, self.w_bits, self.in_features))
         return self
 
-    def operands(self, codes: Tensor, row_sums: Tensor, positions: Tensor) -> tuple[Any, ...]:
+    def operands(self, codes: Tensor, row_sums: Tensor, positions: Tensor) -> Operands:
         """Arguments that every linear operator of ``ptq4arvg_kernels`` takes first."""
-        weight = (self.qweight, self.w_bits, self.in_features, self.w_scale, self.col_sums, self.bias)
-        return (codes, row_sums, *weight, self.table, positions)
+        return (
+            codes,
+            row_sums,
+            self.qweight,
+            self.w_bits,
+            self.in_features,
+            self.w_scale,
+            self.col_sums,
+            self.bias,
+            self.table,
+            positions,
+        )
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """``x`` float ``[…, K]``, ``positions`` int64 ``[P]`` (batch-major rows, P divides them); returns ``[…, N]``.
@@ -117,7 +156,8 @@ class QuantLinear(nn.Module):
         if positions is None:
             if len(self.delta) != 1:
                 raise ValueError(
-                    f"this layer has {len(self.delta)} groups of positions; pass positions (int64 [P]) so that it can choose the scale"
+                    f"this layer has {len(self.delta)} groups of positions; "
+                    "pass positions (int64 [P]) so that it can choose the scale"
                 )
             positions = torch.zeros(1, dtype=torch.int64, device=x.device)
         rows = x.reshape(-1, self.in_features)
@@ -130,5 +170,5 @@ class QuantLinear(nn.Module):
         return unpack(self.qweight, self.w_bits, self.in_features).float() * self.w_scale[:, None]
 
     def extra_repr(self) -> str:
-        bits = sorted(set(self.act_bits.tolist()))
-        return f"{self.in_features} → {self.out_features}, W{self.w_bits}A{'/'.join(map(str, bits))}, {len(self.delta)} groups"
+        act = "/".join(str(bits) for bits in sorted(set(self.act_bits.tolist())))
+        return f"{self.in_features} → {self.out_features}, W{self.w_bits}A{act}, {len(self.delta)} groups"

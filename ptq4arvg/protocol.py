@@ -1,8 +1,8 @@
 """What calibration, folding and quantization need to know about a generator, whatever its family.
 
-A model describes itself by module paths and small records; nobody outside ``ptq4arvg.models`` tests for a family name. All four families
-have the same skeleton (norm, optional modulation, qkv, attention, projection, gate, residual; norm, modulation, MLP, gate, residual), so
-one record describes a block of any of them.
+A model describes itself by module paths and small records; nobody outside ``ptq4arvg.models`` tests for a family name.
+All four families have the same skeleton (norm, optional modulation, qkv, attention, projection, gate, residual; norm,
+modulation, MLP, gate, residual), so one record describes a block of any of them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ class LinearSpec:
 
     Attributes:
         role: one of ``ROLES``; recipes assign bits per role.
-        group_of_position: for every sequence position the index of the group whose static scale it uses (STWQ granularity).
-        activation: what is applied to the condition before quantization (``"silu"`` for modulation linears, else ``"none"``).
+        group_of_position: for every sequence position the index of the group whose static scale it uses (STWQ
+            granularity).
+        activation: what is applied to the condition before quantization (``"silu"`` for modulation linears, else
+            ``"none"``).
     """
 
     role: str
@@ -55,7 +57,7 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class Modulation:
-    """Where a norm's scale, shift and gate come from: D-wide chunks of the output of one linear. ``gate`` None: no gate."""
+    """Where a norm's scale, shift and gate come from: D-wide chunks of the output of one linear; gate None: no gate."""
 
     linear: str
     chunks: int
@@ -171,9 +173,10 @@ class GeneratorProtocol(Protocol):
     def fold_pairs(self) -> list[FoldPair]: ...
     def block_specs(self) -> list[BlockSpec]: ...
     def head_spec(self) -> HeadSpec: ...
-    def sample_calibration(self, classes: Tensor, seed: int, progress: Callable[[int], None] | None = None) -> CalibrationSet: ...
+    def sample_calibration(
+        self, classes: Tensor, seed: int, progress: Callable[[int], None] | None = None
+    ) -> CalibrationSet: ...
     def calibration_forward(self, inputs: dict[str, Tensor]) -> Tensor: ...
     def guided(self, cond: Tensor, uncond: Tensor, step: int) -> Tensor: ...
     def replace_head(self, head: nn.Module) -> None: ...
     def config_dict(self) -> dict[str, Any]: ...
-

@@ -1,4 +1,5 @@
-"""Recipes: how many bits each layer gets and which parts of the method are used. Plain data, saved with the checkpoint."""
+"""Recipes: how many bits each layer gets and which parts of the method are used. Plain data, saved with the
+checkpoint."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ class Recipe:
     Attributes:
         name: shown and saved.
         weight_bits, act_bits: 8 or 6 for every role in ``ptq4arvg.protocol.ROLES``.
-        sink_bits: width of the codes at sink positions where a layer gives them groups of their own: 8-bit codes cost a tensor core
-            nothing in a layer of 6-bit codes.
+        sink_bits: width of the codes at sink positions where a layer gives them groups of their own: 8-bit codes cost a
+            tensor core nothing in a layer of 6-bit codes.
         scaled_roles: roles of the norm → Linear pairs that get the symmetric channel shift and GPS factors.
         dgc: whether calibration sequences are ranked (else the first ones, alternating branches, are used).
     """
@@ -40,7 +41,10 @@ class Recipe:
         for what in ("weight_bits", "act_bits"):
             table = getattr(self, what)
             if set(table) != set(ROLES):
-                raise ValueError(f"recipe {self.name!r}: {what} must name exactly the roles {', '.join(ROLES)}, got {', '.join(table)}")
+                raise ValueError(
+                    f"recipe {self.name!r}: {what} must name exactly the roles {', '.join(ROLES)}, "
+                    f"got {', '.join(table)}"
+                )
             for role, bits in table.items():
                 if bits not in (6, 8):
                     raise ValueError(f"recipe {self.name!r}: {what}[{role!r}] is {bits}; supported are 6 and 8")
@@ -48,10 +52,14 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: sink_bits is {self.sink_bits}; supported are 6 and 8")
         unknown = set(self.scaled_roles) - set(FOLDABLE)
         if unknown:
-            raise ValueError(f"recipe {self.name!r}: scaled_roles {sorted(unknown)} cannot be folded; possible: {', '.join(FOLDABLE)}")
+            raise ValueError(
+                f"recipe {self.name!r}: scaled_roles {sorted(unknown)} cannot be folded; "
+                f"possible: {', '.join(FOLDABLE)}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON-able: the inverse of :meth:`from_dict`, before and after a round trip."""
+        return {**asdict(self), "scaled_roles": list(self.scaled_roles)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
@@ -77,7 +85,7 @@ def named_recipe(recipe: str | Recipe) -> Recipe:
         return RECIPES[recipe.lower()]
     if recipe.lower() in ("paper", "rtn", "smoothquant"):
         raise ValueError(
-            f"recipe {recipe!r} breaks the integer laws (asymmetric weights or per-tensor baselines) and cannot be packed; "
-            "run it with ptq4arvg.simulate.simulate"
+            f"recipe {recipe!r} breaks the integer laws (asymmetric weights or per-tensor baselines) and cannot be "
+            "packed; run it with ptq4arvg.simulate.simulate"
         )
     raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")

@@ -1,15 +1,18 @@
 """Fake-quantized execution: values are rounded to the grid and computed with in floating point.
 
-For what the integer laws cannot hold (asymmetric weights, quantized q, k, p, v of the published recipe) and for the baselines that the
-integer generators are compared with. Results are marked ``"integer": false`` and cannot be saved as checkpoints.
+For what the integer laws cannot hold (asymmetric weights, quantized q, k, p, v of the published recipe) and for the
+baselines that the integer generators are compared with. Results are marked ``"integer": false`` and cannot be saved as
+checkpoints.
 
 * ``rtn``: round to nearest; symmetric per-channel weights, one static scale per layer input, nothing folded.
 * ``smoothquant``: the same after folding SmoothQuant factors (α = ½) into every norm → Linear pair.
-* ``paper``: the published pipeline (method.md §1.0): its DGC; SmoothQuant factors; symmetric shift to the code below the middle; closed-form
-  GPS without clip or search on qkv and fc1; STWQ tables from three percentiles; asymmetric weights; q, k, p and v per tensor.
-  Parameters come from floating-point passes pooled over all sequences, where the published code measures with quantization switched on.
+* ``paper``: the published pipeline (method.md §1.0): its DGC; SmoothQuant factors; symmetric shift to the code below
+  the middle; closed-form GPS without clip or search on qkv and fc1; STWQ tables from three percentiles; asymmetric
+  weights; q, k, p and v per tensor. Parameters come from floating-point passes pooled over all sequences, where the
+  published code measures with quantization switched on.
 
-The baselines keep keys and values as the integer generators do (8 bits, per head, sinks apart), so that what differs is the linears.
+The baselines keep keys and values as the integer generators do (8 bits, per head, sinks apart), so that what differs is
+the linears.
 """
 
 from __future__ import annotations
@@ -24,15 +27,16 @@ from torch import Tensor, nn
 
 from ptq4arvg.calibration.dgc import select, select_published
 from ptq4arvg.calibration.gps import channel_losses, closed_form, smoothquant_scale
-from ptq4arvg.calibration.quantizers import UniformParams, fake_quantize, search_columns, symmetric_rows
+from ptq4arvg.calibration.quantizers import PERCENTILES, UniformParams, fake_quantize, search_columns, symmetric_rows
 from ptq4arvg.calibration.stwq import Statistics, kv_groups, measure
+from ptq4arvg.calibration.watch import calibration_pass, watch_linears
 from ptq4arvg.errors import CalibrationError
 from ptq4arvg.fold import fold, pair_weight
+from ptq4arvg.pipeline import FORMAT_VERSION, collect_calibration, pair_rows, round_tables
 from ptq4arvg.protocol import CalibrationSet
-from ptq4arvg.quantize import FORMAT_VERSION, collect_calibration, pair_rows, round_tables
 from ptq4arvg_kernels.tables import make_table, row_parameters
 
-__all__ = ["FakeQuantLinear", "FakeQuantOperand", "RECIPES", "simulate"]
+__all__ = ["RECIPES", "FakeQuantLinear", "FakeQuantOperand", "simulate"]
 
 RECIPES = ("rtn", "smoothquant", "paper")
 PUBLISHED_PERCENTILES = (0.999, 0.9999, 0.99999)
@@ -76,13 +80,17 @@ class FakeQuantOperand(nn.Module):
 
     def __init__(self, params: UniformParams) -> None:
         super().__init__()
-        self.params = params
+        self.bits = params.bits
+        self.register_buffer("delta", params.delta)
+        self.register_buffer("zero_point", params.zero_point)
+        self.delta: Tensor
+        self.zero_point: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        delta, zero_point = self.params.delta, self.params.zero_point
+        delta, zero_point = self.delta, self.zero_point
         if delta.ndim == 3:
             delta, zero_point = delta[:, : x.shape[2]], zero_point[:, : x.shape[2]]
-        return fake_quantize(x, UniformParams(delta, zero_point, self.params.bits))
+        return fake_quantize(x, UniformParams(delta, zero_point, self.bits))
 
 
 def asymmetric_rows(weight: Tensor, bits: int) -> Tensor:
@@ -108,7 +116,8 @@ def simulate(
         model: floating-point generator that speaks the protocol; left unchanged.
         recipe: ``"rtn"``, ``"smoothquant"`` or ``"paper"``.
         weight_bits, act_bits: 8 or 6.
-        calibration, samples, seed, batch: as in :func:`ptq4arvg.quantize.quantize`; the baselines calibrate on the same sequences.
+        calibration, samples, seed, batch: as in :func:`ptq4arvg.pipeline.quantize`; the baselines calibrate on the same
+            sequences.
 
     Returns:
         a generator of the same class whose ``quantization["integer"]`` is False.
@@ -125,7 +134,9 @@ def simulate(
     if calibration is None:
         calibration = collect_calibration(model, samples, seed)
     if len(calibration) == 0:
-        raise CalibrationError("calibration holds no sequences; record some with collect_calibration(model, samples ≥ 1)")
+        raise CalibrationError(
+            "calibration holds no sequences; record some with collect_calibration(model, samples ≥ 1)"
+        )
     work = copy.deepcopy(model).float().eval()
     paper = recipe == "paper"
     chosen = (select_published if paper else select)(work, calibration, min(samples, len(calibration)), batch)
@@ -154,7 +165,8 @@ def simulate(
 
 
 def _fold_smoothquant(model: Any, sequences: CalibrationSet, batch: int, with_sinks: bool) -> None:
-    """Fold α = ½ factors into every pair, from the peaks over all tokens or over all but the sinks (heads never exclude sinks)."""
+    """Fold α = ½ factors into every pair, from the peaks over all tokens or over all but the sinks (heads never exclude
+    sinks)."""
     peaks: dict[str, Tensor] = {}
     ordinary = torch.ones(model.sequence_length, dtype=torch.bool)
     ordinary[list(model.sinks)] = False
@@ -172,9 +184,9 @@ def _fold_smoothquant(model: Any, sequences: CalibrationSet, batch: int, with_si
         fold(model, pair, scale, torch.zeros_like(scale))
 
 
-def _watched_pass(model: Any, paths: list[str], see: Callable[[str, Any], None], sequences: CalibrationSet, batch: int) -> None:
-    from ptq4arvg.calibration.watch import calibration_pass, watch_linears
-
+def _watched_pass(
+    model: Any, paths: list[str], see: Callable[[str, Any], None], sequences: CalibrationSet, batch: int
+) -> None:
     with watch_linears(model, paths, see):
         calibration_pass(model, sequences, batch)
 
@@ -187,6 +199,8 @@ def _fold_published(model: Any, sequences: CalibrationSet, weight_bits: int, act
         x = rows[pair.norm]
         params = search_columns(x, act_bits, PUBLISHED_PERCENTILES, contain_zero=False)
         shift = (2 ** (act_bits - 1) - 1 - params.zero_point) * params.delta
+        # As in channel_shift: the window of a constant channel says nothing about its value.
+        shift = shift.clamp(x.double().amin(0), x.double().amax(0))
         fold(model, pair, torch.ones_like(shift), shift)
         if pair.role in PAPER_GPS_ROLES:
             a, b, k = channel_losses(x - shift, pair_weight(model, pair), act_bits, weight_bits)
@@ -195,7 +209,7 @@ def _fold_published(model: Any, sequences: CalibrationSet, weight_bits: int, act
 
 
 def _replace_linears(model: Any, statistics: Statistics, weight_bits: int, act_bits: int, paper: bool) -> None:
-    percentiles = {"percentiles": PUBLISHED_PERCENTILES} if paper else {}
+    percentiles = PUBLISHED_PERCENTILES if paper else PERCENTILES
     for path in model.linear_specs():
         layer = model.get_submodule(path)
         weight = layer.weight.detach()
@@ -204,7 +218,7 @@ def _replace_linears(model: Any, statistics: Statistics, weight_bits: int, act_b
         else:
             codes, scale = symmetric_rows(weight, weight_bits)
             rounded = codes.float() * scale[:, None]
-        params = statistics.linear(path, act_bits, **percentiles)
+        params = statistics.linear(path, act_bits, percentiles=percentiles)
         table = make_table(params.delta, params.zero_point, params.bits, params.group_of_position)
         bias = None if layer.bias is None else layer.bias.detach()
         model.set_submodule(path, FakeQuantLinear(rounded, bias, table))

@@ -1,10 +1,11 @@
 """DGC, distribution-guided calibration: which recorded sequences to calibrate on.
 
-The published criterion, the Mahalanobis distance of each sequence in a space with more dimensions than sequences, is the same number for
-every sequence (method.md §1.7), and its code keeps the first sequences in order. The default here ranks samples for real: sequences are
-described by their activations in several blocks, the description is reduced to at most 16 principal axes pooled over both guidance
-branches, and sequences are taken greedily by how much each one adds to the log-determinant of the covariance of those already taken
-(D-optimal design). The published criterion is here too, for ``recipe="paper"``.
+The published criterion, the Mahalanobis distance of each sequence in a space with more dimensions than sequences, is
+the same number for every sequence (method.md §1.7), and its code keeps the first sequences in order. The default here
+ranks samples for real: sequences are described by their activations in several blocks, the description is reduced to at
+most 16 principal axes pooled over both guidance branches, and sequences are taken greedily by how much each one adds to
+the log-determinant of the covariance of those already taken (D-optimal design). The published criterion is here too,
+for ``recipe="paper"``.
 """
 
 from __future__ import annotations
@@ -63,11 +64,14 @@ def _check_count(sequences: CalibrationSet, count: int) -> None:
     if count < 1:
         raise CalibrationError(f"calibration needs at least one sequence, got {count}; pass samples ≥ 1")
     if count > len(sequences):
-        raise CalibrationError(f"cannot keep {count} of {len(sequences)} calibration sequences; record more or keep fewer")
+        raise CalibrationError(
+            f"cannot keep {count} of {len(sequences)} calibration sequences; record more or keep fewer"
+        )
 
 
 def block_outputs(model: Any, sequences: CalibrationSet, blocks: list[int], batch: int) -> list[Tensor]:
-    """Output of the named blocks for all sequences, each as a list of float64 ``[n, 2, D]``: mean and deviation over non-sink positions."""
+    """Output of the named blocks for all sequences, each as a list of float64 ``[n, 2, D]``: mean and deviation over
+    non-sink positions."""
     keep = torch.ones(model.sequence_length, dtype=torch.bool)
     if len(model.sinks) < model.sequence_length:
         keep[list(model.sinks)] = False
@@ -90,8 +94,9 @@ def block_outputs(model: Any, sequences: CalibrationSet, blocks: list[int], batc
 
 
 def features(model: Any, sequences: CalibrationSet, batch: int = 16) -> Tensor:
-    """Descriptions of sequences, float64 ``[n, ≤ 16]``: per-channel mean and deviation after a third, two thirds and all of the blocks,
-    standardised over the candidates, projected on their leading principal axes and scaled to unit variance along the first."""
+    """Descriptions of sequences, float64 ``[n, ≤ 16]``: per-channel mean and deviation after a third, two thirds and
+    all of the blocks, standardised over the candidates, projected on their leading principal axes and scaled to unit
+    variance along the first."""
     depth = len(model.block_specs())
     blocks = sorted({max(0, round(depth * part) - 1) for part in (1 / 3, 2 / 3, 1.0)})
     raw = torch.cat([part.flatten(1) for part in block_outputs(model, sequences, blocks, batch)], 1)
@@ -113,8 +118,8 @@ def principal_axes(raw: Tensor, axes: int = AXES) -> Tensor:
 def d_optimal(points: Tensor, count: int, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
     """Greedy D-optimal subset.
 
-    Starting from ``M = ridge·I``, the point with the largest ``log(1 + xᵀM⁻¹x)`` is taken, ``M`` grows by ``xxᵀ`` (its inverse by
-    Sherman–Morrison), and so on. Equal gains go to the lower index.
+    Starting from ``M = ridge·I``, the point with the largest ``log(1 + xᵀM⁻¹x)`` is taken, ``M`` grows by ``xxᵀ`` (its
+    inverse by Sherman–Morrison), and so on. Equal gains go to the lower index.
 
     Args:
         points: float64 ``[n, d]``, centred.
@@ -153,23 +158,37 @@ def select(model: Any, sequences: CalibrationSet, count: int, batch: int = 16) -
 
 
 def mahalanobis(points: Tensor) -> Tensor:
-    """Distance of each row of ``points [n, D]`` to their mean, with the pseudo-inverse of ``XᵀX/(n−1)`` (method.md §1.7)."""
+    """Distance of each row of ``points [n, D]`` to their mean, with the pseudo-inverse of ``XᵀX/(n−1)`` (method.md
+    §1.7); float64 ``[n]``.
+
+    In float64, and with deviations below single precision taken for none: rows that are equal but for the rounding of
+    the forward pass (the unconditional ones of a causal model) have distance 0, not one that is made of rounding.
+    """
+    points = points.double()
+    if len(points) == 0:
+        return points.new_zeros(0)
     centred = points - points.mean(0)
     covariance = centred.T @ centred / max(1, len(points) - 1)
-    return ((centred @ torch.linalg.pinv(covariance, hermitian=True)) * centred).sum(1).clamp(min=0).sqrt()
+    noise = float(points.square().mean()) * 1e-12
+    relative = points.shape[1] * torch.finfo(points.dtype).eps
+    inverse = torch.linalg.pinv(covariance, atol=noise, rtol=relative, hermitian=True)
+    return ((centred @ inverse) * centred).sum(1).clamp(min=0).sqrt()
 
 
 def select_published(model: Any, sequences: CalibrationSet, count: int, batch: int = 16) -> Selection:
-    """The published choice: a conditional fraction from Mahalanobis distances at token 0 of the last block, then the first rows in order."""
+    """The published choice: a conditional fraction from Mahalanobis distances at token 0 of the last block, then the
+    first rows in order."""
     _check_count(sequences, count)
     specs = model.block_specs()
     parts: list[Tensor] = []
-    handle = model.get_submodule(specs[-1].path).register_forward_hook(lambda _m, _a, output: parts.append(output[:, 0]))
+    handle = model.get_submodule(specs[-1].path).register_forward_hook(
+        lambda _m, _a, output: parts.append(output[:, 0])
+    )
     try:
         calibration_pass(model, sequences, batch)
     finally:
         handle.remove()
-    token0 = torch.cat(parts).float()
+    token0 = torch.cat(parts)
     conditional = sequences.conditional.nonzero().flatten()
     unconditional = (~sequences.conditional).nonzero().flatten()
     cond, uncond = mahalanobis(token0[conditional]), mahalanobis(token0[unconditional])
@@ -178,6 +197,7 @@ def select_published(model: Any, sequences: CalibrationSet, count: int, batch: i
     else:
         largest = torch.cat([cond, uncond]).topk(min(count, len(cond) + len(uncond))).indices
         fraction = float((largest < len(cond)).double().mean())
-    wanted = min(round(fraction * count), len(conditional))
+    # A branch that is too short is made up for by the other.
+    wanted = max(min(round(fraction * count), len(conditional)), count - len(unconditional))
     rows = torch.cat([conditional[:wanted], unconditional[: count - wanted]])
     return _selection(sequences, rows, None, "published")

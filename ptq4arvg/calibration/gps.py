@@ -1,8 +1,10 @@
-"""GPS, gain-projected scaling (method.md §1.3 and §1.4): which shift and scale each channel of a norm → Linear pair should get.
+"""GPS, gain-projected scaling (method.md §1.3 and §1.4): which shift and scale each channel of a norm → Linear pair
+should get.
 
-The closed form balances, channel by channel, the loss from rounding activations (A) against the loss from rounding weights (B). It
-assumes that the widest channel stays the widest and that weight steps do not change; what these assumptions miss is recovered by a clip
-that keeps the first one true and by a one-dimensional search on the layer's real output error.
+The closed form balances, channel by channel, the loss from rounding activations (A) against the loss from rounding
+weights (B). It assumes that the widest channel stays the widest and that weight steps do not change; what these
+assumptions miss is recovered by a clip that keeps the first one true and by a one-dimensional search on the layer's
+real output error.
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ from torch import Tensor
 from ptq4arvg.calibration.quantizers import UniformParams, fake_quantize, search_columns, symmetric_rows
 from ptq4arvg.errors import CalibrationError
 
-__all__ = ["ChannelScale", "channel_losses", "channel_shift", "closed_form", "gps_scale", "layer_error", "smoothquant_scale"]
+__all__ = [
+    "ChannelScale",
+    "channel_losses",
+    "channel_shift",
+    "closed_form",
+    "gps_scale",
+    "layer_error",
+    "smoothquant_scale",
+]
 
 # Common factors tried on all channels but the widest (method.md §1.4.3, item 4).
 SEARCH = tuple(2.0 ** (k / 2) for k in range(-8, 9))
@@ -41,14 +51,16 @@ class ChannelScale:
 
 
 def channel_shift(x: Tensor, bits: int) -> Tensor:
-    """Symmetric channel shift p ``[D]``: the middle of every channel's percentile window, so that ``x − p`` has zero point 0.
+    """Symmetric channel shift p ``[D]``: the middle of every channel's percentile window, so that ``x − p`` has zero
+    point 0.
 
-    The published shift, ``(2^(b−1) − 1 − z)·δ``, moves windows to the code below the middle; in signed codes that is −1. The window here is
-    not extended to contain 0, since 0 need not be representable before the shift.
+    The published shift, ``(2^(b−1) − 1 − z)·δ``, moves windows to the code below the middle; in signed codes that is
+    −1. The window here is not extended to contain 0, since 0 need not be representable before the shift.
     """
     params = search_columns(x, bits, contain_zero=False)
     low, high = -params.zero_point * params.delta, (2**bits - 1 - params.zero_point) * params.delta
-    return (low + high) / 2
+    # The window of a constant channel is not empty (its step falls back to 1): its middle would be far from the value.
+    return ((low + high) / 2).clamp(x.double().amin(0), x.double().amax(0))
 
 
 def smoothquant_scale(peak: Tensor, weight: Tensor) -> Tensor:
@@ -95,11 +107,11 @@ def layer_error(x: Tensor, weight: Tensor, scale: Tensor, act_bits: int, weight_
 def gps_scale(x: Tensor, weight: Tensor, act_bits: int, weight_bits: int) -> ChannelScale:
     """Scale of the channels of one pair.
 
-    Two starting gauges are tried: the channels as they are, and channels whose activation and weight have equal root mean squares, which is
-    where GPS itself would lead if all errors were uniform noise (§1.4.3, RMS law) and does not depend on how the model's channels happen to
-    be scaled. From each, the closed form is applied up to twice, clipped so that no channel overtakes the widest one
-    (``r_i ≥ R_i/R_k``), and multiplied by a common factor; the candidate of the lowest output error on rows that were not used to derive it
-    wins.
+    Two starting gauges are tried: the channels as they are, and channels whose activation and weight have equal root
+    mean squares, which is where GPS itself would lead if all errors were uniform noise (§1.4.3, RMS law) and does not
+    depend on how the model's channels happen to be scaled. From each, the closed form is applied up to twice, clipped
+    so that no channel overtakes the widest one (``r_i ≥ R_i/R_k``), and multiplied by a common factor; the candidate of
+    the lowest output error on rows that were not used to derive it wins.
 
     Args:
         x: float ``[n, D]``, non-sink rows of the pair's input, already shifted; even rows derive, odd rows judge.
@@ -109,7 +121,9 @@ def gps_scale(x: Tensor, weight: Tensor, act_bits: int, weight_bits: int) -> Cha
         CalibrationError: fewer than two rows.
     """
     if len(x) < 2:
-        raise CalibrationError(f"scaling needs at least 2 calibration rows besides the sinks, got {len(x)}; use more samples")
+        raise CalibrationError(
+            f"scaling needs at least 2 calibration rows besides the sinks, got {len(x)}; use more samples"
+        )
     fit, judge = x[::2].double(), x[1::2].double()
     ones = torch.ones(x.shape[1], dtype=torch.float64)
     unscaled = layer_error(judge, weight, ones, act_bits, weight_bits)
@@ -141,10 +155,13 @@ def _rms_gauge(x: Tensor, weight: Tensor) -> Tensor:
     """``sqrt(rms(x_i)/rms(w_i))``, 1 for channels that are zero on either side."""
     rms_x, rms_w = x.square().mean(0).sqrt(), weight.double().square().mean(0).sqrt()
     usable = (rms_x > 0) & (rms_w > 0)
-    return torch.where(usable, (rms_x / torch.where(usable, rms_w, torch.ones_like(rms_w))).sqrt(), torch.ones_like(rms_x))
+    return torch.where(
+        usable, (rms_x / torch.where(usable, rms_w, torch.ones_like(rms_w))).sqrt(), torch.ones_like(rms_x)
+    )
 
 
 def _sane(scale: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Fix the free common factor (quantization is scale-equivariant) so that scaled activations and weights have equal peaks."""
+    """Fix the free common factor (quantization is scale-equivariant) so that scaled activations and weights have equal
+    peaks."""
     peak_x, peak_w = (x.double() / scale).abs().amax(), (weight.double() * scale).abs().amax()
     return scale * (peak_x / peak_w).sqrt() if bool((peak_x > 0) & (peak_w > 0)) else scale

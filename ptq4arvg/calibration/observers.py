@@ -1,7 +1,7 @@
 """Statistics of activations, pooled over any number of batches.
 
-Two passes: the first finds the range of every group, the second counts values in a histogram over that range. Counts are integers, so
-the result does not depend on how the data were cut into batches.
+Two passes: the first finds the range of every group, the second counts values in a histogram over that range. Counts
+are integers, so the result does not depend on how the data were cut into batches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Histogram:
     Args:
         groups: G.
         name: what is observed, for messages.
-        bins: resolution; percentiles and errors are exact to one bin, a 16th of the step of an 8-bit grid over the whole range.
+        bins: resolution; percentiles and errors are exact to one bin, a 16th of the step of an 8-bit grid over the
+            whole range.
     """
 
     def __init__(self, groups: int, name: str, bins: int = 4096) -> None:
@@ -73,8 +74,9 @@ class Histogram:
 class RowSample:
     """An evenly spread sample of the rows of a layer's input, sinks excluded.
 
-    Rows are numbered sequence by sequence and every ``stride``-th one is kept. The stride is coprime to the number of positions, so that
-    every position is visited, and depends on the totals only: cutting the sequences into other batches keeps the same rows.
+    Rows are numbered sequence by sequence and every ``stride``-th one is kept. The stride is coprime to the number of
+    positions, so that every position is visited, and depends on the totals only: cutting the sequences into other
+    batches keeps the same rows.
 
     Args:
         sequences: how many sequences the pass will show.

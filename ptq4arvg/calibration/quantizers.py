@@ -22,7 +22,8 @@ PERCENTILES = (0.999, 0.9999, 0.99999, 1.0)
 
 @dataclass(frozen=True)
 class UniformParams:
-    """``q = clamp(round(x/delta) + zero_point, 0, 2^bits − 1)``; float64 ``delta`` and ``zero_point`` of any common shape.
+    """``q = clamp(round(x/delta) + zero_point, 0, 2^bits − 1)``; float64 ``delta`` and ``zero_point`` of any common
+    shape.
 
     The zero point is an integer in the grid: every calibrated range contains 0 (architecture, laws of the arithmetic).
     """
@@ -66,7 +67,9 @@ def _best(candidates: list[tuple[Tensor, UniformParams]]) -> UniformParams:
     return UniformParams(delta, zero_point, params.bits)
 
 
-def search_histogram(centres: Tensor, counts: Tensor, bits: int, percentiles: tuple[float, ...] = PERCENTILES) -> UniformParams:
+def search_histogram(
+    centres: Tensor, counts: Tensor, bits: int, percentiles: tuple[float, ...] = PERCENTILES
+) -> UniformParams:
     """Per group the percentile window of the lowest squared error.
 
     Args:
@@ -97,8 +100,8 @@ def search_columns(
 ) -> UniformParams:
     """The same search for every column of x ``[n, C]``; parameters of shape ``[C]``.
 
-    With ``contain_zero`` False windows are not extended and zero points may leave the grid, as in the published per-channel quantizer; such
-    parameters describe a window (for a channel shift) and cannot be deployed.
+    With ``contain_zero`` False windows are not extended and zero points may leave the grid, as in the published
+    per-channel quantizer; such parameters describe a window (for a channel shift) and cannot be deployed.
     """
     ordered = x.double().sort(0).values
     candidates = []
@@ -111,19 +114,23 @@ def search_columns(
 
 
 def _quantile(ordered: Tensor, at: float) -> Tensor:
-    """Row ``at`` of a column-wise sorted matrix, linearly interpolated (torch.quantile refuses more than 2^24 elements)."""
+    """Row ``at`` of a column-wise sorted matrix, linearly interpolated (torch.quantile refuses more than 2^24
+    elements)."""
     below = min(int(at), len(ordered) - 1)
     above = min(below + 1, len(ordered) - 1)
     return torch.lerp(ordered[below], ordered[above], at - below)
 
 
-def symmetric_rows(weight: Tensor, bits: int, importance: Tensor | None = None, steps: int = 24) -> tuple[Tensor, Tensor]:
+def symmetric_rows(
+    weight: Tensor, bits: int, importance: Tensor | None = None, steps: int = 24
+) -> tuple[Tensor, Tensor]:
     """Round-to-nearest symmetric weight codes, one scale per row, clipped where that lowers the squared error.
 
     Args:
         weight: float ``[N, K]``.
         bits: 8 or 6; codes lie in ``±(2^(bits−1) − 1)``.
-        importance: float ``[K]``, weight of each column's error (the mean square of the channel it multiplies); None means 1.
+        importance: float ``[K]``, weight of each column's error (the mean square of the channel it multiplies); None
+            means 1.
         steps: candidates; the scale is searched from the row's maximum down to half of it.
 
     Returns:

@@ -1,7 +1,8 @@
-"""STWQ, static token-wise quantization (method.md §1.6): one static (δ, z) per group of positions, for every layer input.
+"""STWQ, static token-wise quantization (method.md §1.6): one static (δ, z) per group of positions, for every layer
+input.
 
-Which positions share a group is the model's statement (``LinearSpec.group_of_position``); here the groups are measured, from pooled
-histograms of the floating-point model's activations.
+Which positions share a group is the model's statement (``LinearSpec.group_of_position``); here the groups are measured,
+from pooled histograms of the floating-point model's activations.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ __all__ = ["GroupParams", "Statistics", "kv_groups", "measure"]
 
 @dataclass(frozen=True)
 class GroupParams:
-    """Static parameters of one layer input: float32 ``delta``, int64 ``zero_point`` and ``bits``, each ``[G]``, and the map ``[T]``."""
+    """Static parameters of one layer input: float32 ``delta``, int64 ``zero_point`` and ``bits``, each ``[G]``, and the
+    map ``[T]``."""
 
     delta: Tensor
     zero_point: Tensor
@@ -38,8 +40,8 @@ class Statistics:
     Attributes:
         linears: by linear path, groups as in ``groups[path]``.
         groups: by linear path, int64 ``[T]``.
-        attention: by (attention path, operand); for k and v the groups are (slot group, head), slot groups as ``kv_groups(model)``;
-            for q and p there is one.
+        attention: by (attention path, operand); for k and v the groups are (slot group, head), slot groups as
+            ``kv_groups(model)``; for q and p there is one.
         sinks: the model's sink positions.
     """
 
@@ -51,7 +53,8 @@ class Statistics:
     def linear(
         self, path: str, bits: int, sink_bits: int | None = None, percentiles: tuple[float, ...] = PERCENTILES
     ) -> GroupParams:
-        """Parameters of a linear's input at ``bits``; groups that hold sink positions only get ``sink_bits`` where that is more."""
+        """Parameters of a linear's input at ``bits``; groups that hold sink positions only get ``sink_bits`` where that
+        is more."""
         centres, counts = self.linears[path].table()
         group_of_position = self.groups[path]
         params = search_histogram(centres, counts, bits, percentiles)
@@ -71,13 +74,16 @@ class Statistics:
         params = search_histogram(*self.attention[path, operand].table(), bits)
         return params.delta.float().view(-1, heads), params.zero_point.long().view(-1, heads)
 
-    def operand(self, path: str, operand: str, bits: int, percentiles: tuple[float, ...] = PERCENTILES) -> UniformParams:
+    def operand(
+        self, path: str, operand: str, bits: int, percentiles: tuple[float, ...] = PERCENTILES
+    ) -> UniformParams:
         """Parameters of one attention operand, shape ``[G]``."""
         return search_histogram(*self.attention[path, operand].table(), bits, percentiles)
 
 
 def kv_groups(model: Any) -> Tensor:
-    """Slot groups of the key/value cache, int64 ``[T]``: sinks have scales of their own, the rest shares one per head."""
+    """Slot groups of the key/value cache, int64 ``[T]``: sinks have scales of their own, the rest shares one per
+    head."""
     groups = torch.zeros(model.sequence_length, dtype=torch.int64)
     if 0 < len(model.sinks) < model.sequence_length:
         groups[:] = 1
@@ -107,7 +113,9 @@ def measure(
     """
     specs = model.linear_specs()
     groups = {
-        path: torch.zeros(model.sequence_length, dtype=torch.int64) if per_tensor else torch.tensor(spec.group_of_position)
+        path: torch.zeros(model.sequence_length, dtype=torch.int64)
+        if per_tensor
+        else torch.tensor(spec.group_of_position)
         for path, spec in specs.items()
     }
     linears = {path: Histogram(int(group.max()) + 1, path) for path, group in groups.items()}
@@ -136,12 +144,16 @@ def measure(
     paths = list(specs)
     with (
         watch_linears(model, paths, first),
-        watch_attention(model, operands, lambda path, name, x: attention[path, name].see_range(*kv_rows(path, name, x))),
+        watch_attention(
+            model, operands, lambda path, name, x: attention[path, name].see_range(*kv_rows(path, name, x))
+        ),
     ):
         calibration_pass(model, sequences, batch, lambda fraction: progress(0.4 * fraction))
     with (
         watch_linears(model, paths, second),
-        watch_attention(model, operands, lambda path, name, x: attention[path, name].see_values(*kv_rows(path, name, x))),
+        watch_attention(
+            model, operands, lambda path, name, x: attention[path, name].see_values(*kv_rows(path, name, x))
+        ),
     ):
         calibration_pass(model, sequences, batch, lambda fraction: progress(0.4 + 0.6 * fraction))
     return Statistics(linears, groups, attention, tuple(model.sinks))

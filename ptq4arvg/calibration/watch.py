@@ -1,7 +1,8 @@
 """Looking into a generator while it runs over the calibration sequences.
 
-Everything a calibrator needs is seen through forward hooks on the modules that the protocol names. Observations carry the position of
-every row and, where one row stands for several, how many, so that statistics do not depend on how sequences are cut into batches.
+Everything a calibrator needs is seen through forward hooks on the modules that the protocol names. Observations carry
+the position of every row and, where one row stands for several, how many, so that statistics do not depend on how
+sequences are cut into batches.
 """
 
 from __future__ import annotations
@@ -49,10 +50,13 @@ def _hooks(handles: list[Any]) -> Iterator[None]:
 def watch_linears(model: Any, paths: list[str], see: Callable[[str, Rows], None]) -> Any:
     """Context in which ``see(path, rows)`` is called with the input of every linear in ``paths`` at every forward.
 
-    The input of a modulation linear is taken from the condition of its block, where the multiplicity of its rows is known.
+    The input of a modulation linear is taken from the condition of its block, where the multiplicity of its rows is
+    known.
     """
     specs = model.linear_specs()
-    owners = {spec.modulation.linear: spec.path for spec in [*model.block_specs(), model.head_spec()] if spec.modulation}
+    owners = {
+        spec.modulation.linear: spec.path for spec in [*model.block_specs(), model.head_spec()] if spec.modulation
+    }
     handles = []
 
     def on_condition(path: str, activation: str) -> Callable[..., None]:
@@ -74,14 +78,17 @@ def watch_linears(model: Any, paths: list[str], see: Callable[[str, Rows], None]
 
     for path in paths:
         if path in owners:
-            handles.append(model.get_submodule(owners[path]).register_forward_pre_hook(on_condition(path, specs[path].activation)))
+            handles.append(
+                model.get_submodule(owners[path]).register_forward_pre_hook(on_condition(path, specs[path].activation))
+            )
         else:
             handles.append(model.get_submodule(path).register_forward_pre_hook(on_input(path)))
     return _hooks(handles)
 
 
 def watch_attention(model: Any, operands: tuple[str, ...], see: Callable[[str, str, Tensor], None]) -> Any:
-    """Context in which ``see(attention path, operand, tensor [B, H, ·, ·])`` is called for the taps named in ``operands``."""
+    """Context in which ``see(attention path, operand, tensor [B, H, ·, ·])`` is called for the taps named in
+    ``operands``."""
     handles = []
 
     def on_tap(path: str, operand: str) -> Callable[..., None]:
@@ -93,13 +100,16 @@ def watch_attention(model: Any, operands: tuple[str, ...], see: Callable[[str, s
     for spec in model.block_specs():
         taps = model.get_submodule(f"{spec.attention.path}.taps")
         handles += [
-            getattr(taps, operand).register_forward_pre_hook(on_tap(spec.attention.path, operand)) for operand in operands
+            getattr(taps, operand).register_forward_pre_hook(on_tap(spec.attention.path, operand))
+            for operand in operands
         ]
     return _hooks(handles)
 
 
 @torch.inference_mode()
-def calibration_pass(model: Any, sequences: CalibrationSet, batch: int, progress: Callable[[float], None] | None = None) -> None:
+def calibration_pass(
+    model: Any, sequences: CalibrationSet, batch: int, progress: Callable[[float], None] | None = None
+) -> None:
     """Run the model over all sequences in batches; hooks do the rest.
 
     Raises:
@@ -112,7 +122,8 @@ def calibration_pass(model: Any, sequences: CalibrationSet, batch: int, progress
         logits = model.calibration_forward(part.inputs)
         if not bool(torch.isfinite(logits).all()):
             raise CalibrationError(
-                "the floating-point model produced NaN or infinity on its calibration sequences; check the checkpoint it was loaded from"
+                "the floating-point model produced NaN or infinity on its calibration sequences; "
+                "check the checkpoint it was loaded from"
             )
         done += len(part)
         if progress is not None:

@@ -1,8 +1,11 @@
-"""RAR (Randomized AutoRegressive visual generation): the class-conditional generator of bytedance/1d-tokenizer, method.md §2.1.
+"""RAR (Randomized AutoRegressive visual generation), the class-conditional generator of bytedance/1d-tokenizer.
 
-Sequence: position 0 a learned ``cls_token``, position 1 the class embedding, position 2+i the image token i; the last image token is
-never fed back. The condition of a token is ``E[class] + timesteps_embeddings[position]``, so every position has its own modulation.
-State-dict keys and shapes are those of the published checkpoints, which load unmodified.
+Described in method.md §2.1.
+
+Sequence: position 0 a learned ``cls_token``, position 1 the class embedding, position 2+i the image token i; the last
+image token is never fed back. The condition of a token is ``E[class] + timesteps_embeddings[position]``, so every
+position has its own modulation. State-dict keys and shapes are those of the published checkpoints, which load
+unmodified.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +44,11 @@ class RARConfig:
 
     Attributes:
         dim, depth, heads, mlp_dim: width D, blocks, attention heads, hidden width of the MLP.
-        codebook: image codes; the embedding table has ``codebook + 1 + classes + 1`` rows (codes, mask, classes, "none").
+        codebook: image codes; the embedding table has ``codebook + 1 + classes + 1`` rows (codes, mask, classes,
+            "none").
         classes: number of classes.
-        grid: image tokens per side; a sequence has ``grid² + 1`` positions that are fed (two prefixes, all tokens but the last).
+        grid: image tokens per side; a sequence has ``grid² + 1`` positions that are fed (two prefixes, all tokens but
+            the last).
         pos_rows, time_rows: rows of the position tables in the checkpoint (1280 and 356 in the published ones).
         temperature, guidance, power: the published sampling settings (temp, g, pow of method.md §2.1).
     """
@@ -69,8 +75,8 @@ class RARConfig:
         needed = self.tokens + PREFIX
         if self.pos_rows < needed or self.time_rows < needed:
             raise ValueError(
-                f"a {self.grid}×{self.grid} grid needs {needed} rows in the position tables, got pos_rows={self.pos_rows} "
-                f"and time_rows={self.time_rows}"
+                f"a {self.grid}×{self.grid} grid needs {needed} rows in the position tables, got "
+                f"pos_rows={self.pos_rows} and time_rows={self.time_rows}"
             )
 
     @property
@@ -126,7 +132,7 @@ class Mlp(nn.Module):
 
 
 def modulation_layer(dim: int, chunks: int) -> nn.Sequential:
-    """SiLU and the linear that produces ``chunks`` blocks of D modulation channels (the published state-dict key ends in ``.1``)."""
+    """SiLU and the linear that produces ``chunks`` blocks of D modulation channels (published keys end in ``.1``)."""
     return nn.Sequential(nn.SiLU(), Linear(dim, chunks * dim))
 
 
@@ -137,7 +143,10 @@ def modulate(layer: nn.Sequential, condition: Condition, chunks: int, shape: tup
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a modulated LayerNorm and a gate. Chunks: shift1, scale1, gate1, shift2, scale2, gate2."""
+    """Attention and MLP, each behind a modulated LayerNorm and a gate.
+
+    Chunks of the modulation: shift1, scale1, gate1, shift2, scale2, gate2.
+    """
 
     def __init__(self, config: RARConfig) -> None:
         super().__init__()
@@ -148,7 +157,9 @@ class Block(nn.Module):
         self.adaLN_modulation = modulation_layer(config.dim, 6)
 
     def forward(self, x: Tensor, condition: Condition, window: Window, cache: KVCache | None = None) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulate(self.adaLN_modulation, condition, 6, (x.shape[0], x.shape[1]))
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulate(
+            self.adaLN_modulation, condition, 6, (x.shape[0], x.shape[1])
+        )
         x = x + gate1 * self.attn(self.norm1(x, scale1, shift1), window, cache)
         return x + gate2 * self.mlp(self.norm2(x, scale2, shift2), window.positions)
 
@@ -173,7 +184,8 @@ class FinalModulation(nn.Module):
 class RAR(nn.Module):
     """Class-conditional RAR generator.
 
-    It speaks the protocol of :mod:`ptq4arvg.protocol`, so that calibration, folding and quantization need not know its family.
+    It speaks the protocol of :mod:`ptq4arvg.protocol`, so that calibration, folding and quantization need not know its
+    family.
     """
 
     family = "rar"
@@ -192,7 +204,7 @@ class RAR(nn.Module):
         self.lm_head = Linear(dim, config.codebook)
         self.fused_head: nn.Module | None = None
 
-    # ------------------------------------------------------------------------------------------------------------- construction
+    # --- construction -------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_config(cls, name: str) -> RAR:
@@ -203,7 +215,7 @@ class RAR(nn.Module):
 
     @classmethod
     def from_published(cls, name: str, path: str | Path) -> RAR:
-        """Load a published checkpoint (``.bin``, read with ``weights_only=True``) or a safetensors file of the same keys.
+        """Load a published ``.bin`` checkpoint (read with ``weights_only=True``), or safetensors of the same keys.
 
         Raises:
             CheckpointError: unreadable file, or keys and shapes that are not those of ``name``.
@@ -228,7 +240,7 @@ class RAR(nn.Module):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
 
-    # ------------------------------------------------------------------------------------------------------------------ forward
+    # --- forward ------------------------------------------------------------------------------------------------------
 
     @property
     def sequence_length(self) -> int:
@@ -241,7 +253,7 @@ class RAR(nn.Module):
         return Window(positions, (positions + 1).to(torch.int32), start + length)
 
     def condition(self, classes: Tensor, positions: Tensor) -> Condition:
-        """Distinct condition vectors ``E[class] + timesteps[position]`` for classes ``[B]`` (``config.none_class`` = none)."""
+        """Distinct vectors ``E[class] + timesteps[position]`` for classes ``[B]`` (``config.none_class``: no class)."""
         distinct, index = classes.unique(return_inverse=True)
         values = self.embeddings(self._class_ids(distinct))[:, None] + self.timesteps_embeddings[0, positions]
         rows = index[:, None] * len(positions) + torch.arange(len(positions), device=positions.device)
@@ -254,13 +266,16 @@ class RAR(nn.Module):
         limit = self.config.none_class
         if classes.numel() and (int(classes.min()) < 0 or int(classes.max()) > limit):
             bad = classes[(classes < 0) | (classes > limit)][0].item()
-            raise ValueError(f"class {bad} is out of range: this model has classes 0 … {limit - 1} ({limit} = unconditional)")
+            raise ValueError(
+                f"class {bad} is out of range: this model has classes 0 … {limit - 1} ({limit} = unconditional)"
+            )
 
     def embed(self, classes: Tensor, tokens: Tensor, positions: Tensor, orders: Tensor | None = None) -> Tensor:
-        """Input embeddings ``[B, P, D]`` of ``positions``; ``tokens`` ``[B, n]`` are all image tokens known so far, in sequence order.
+        """Input embeddings ``[B, P, D]`` of ``positions``.
 
-        The target-aware part of a slot is the position embedding of the token that the slot predicts; slot 0 predicts none.
-        ``orders`` ``[B, tokens]`` gives the raster index of the token at each sequence slot; None means raster order.
+        ``tokens`` ``[B, n]`` are all image tokens known so far, in sequence order. The target-aware part of a slot is
+        the position embedding of the token that the slot predicts; slot 0 predicts none. ``orders`` ``[B, tokens]``
+        gives the raster index of the token at each sequence slot; None means raster order.
         """
         batch = len(classes)
         ids = torch.cat([self._class_ids(classes)[:, None], tokens], 1)  # slots 1 …
@@ -289,7 +304,8 @@ class RAR(nn.Module):
         """Teacher-forced full causal pass.
 
         Args:
-            tokens: int64 ``[B, n]``, n ≤ grid²; with n = grid² the last token is not fed. In sequence order if ``orders`` is given.
+            tokens: int64 ``[B, n]``, n ≤ grid²; with n = grid² the last token is not fed. In sequence order if
+                ``orders`` is given.
             classes: int64 ``[B]``; ``config.none_class`` selects the unconditional branch.
             orders: int64 ``[B, grid²]``, raster index of the token at each sequence slot; None means raster order.
 
@@ -307,13 +323,15 @@ class RAR(nn.Module):
             )
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.config.codebook):
             bad = tokens[(tokens < 0) | (tokens >= self.config.codebook)][0].item()
-            raise ValueError(f"image token {bad} is out of range: the codebook has entries 0 … {self.config.codebook - 1}")
+            raise ValueError(
+                f"image token {bad} is out of range: the codebook has entries 0 … {self.config.codebook - 1}"
+            )
         tokens = tokens[:, : self.config.tokens - 1]
         window = self.window(0, tokens.shape[1] + PREFIX)
         return self.step(classes, tokens, window, None, orders)[:, 1:]
 
     def step(
-        self, classes: Tensor, tokens: Tensor, window: Window, caches: list | None, orders: Tensor | None = None
+        self, classes: Tensor, tokens: Tensor, window: Window, caches: list[Any] | None, orders: Tensor | None = None
     ) -> Tensor:
         """One pass over the positions of ``window``; logits ``[B, P, codebook]`` for every one of them.
 
@@ -325,11 +343,12 @@ class RAR(nn.Module):
             x = block(x, condition, window, cache)
         return self.head(x, condition, window.positions)
 
-    def new_caches(self, batch: int) -> list:
-        """One empty cache per block, for ``batch`` sequences."""
-        return [block.new_cache(batch, self.sequence_length) for block in self.blocks]
+    def new_caches(self, batch: int) -> list[Any]:
+        """One empty cache per block (its own kind of cache), for ``batch`` sequences."""
+        blocks: list[Any] = list(self.blocks)
+        return [block.new_cache(batch, self.sequence_length) for block in blocks]
 
-    # ----------------------------------------------------------------------------------------------------------------- sampling
+    # --- sampling -----------------------------------------------------------------------------------------------------
 
     def guidance_weight(self, step: int, guidance: float | None = None, power: float | None = None) -> float:
         """``w = (g − 1)·½(1 − cos(π (step/steps)^pow)) + 1`` (method.md §2.1)."""
@@ -354,8 +373,8 @@ class RAR(nn.Module):
 
         Args:
             classes: int64 ``[B]``, 0 … classes − 1.
-            seed: seeds the uniform numbers from which tokens are drawn by inversion of the cumulative distribution; two models given
-                the same seed consume the same random numbers.
+            seed: seeds the uniform numbers from which tokens are drawn by inversion of the cumulative distribution; two
+                models given the same seed consume the same random numbers.
             cached: decode with a KV cache (one new position per step) or recompute the whole prefix at every step.
             progress: called with the step index after every step.
 
@@ -366,11 +385,16 @@ class RAR(nn.Module):
             raise ValueError(f"classes must be a non-empty 1-D tensor, got shape {tuple(classes.shape)}")
         self._check_classes(classes)
         if bool((classes == self.config.none_class).any()):
-            raise ValueError(f"class {self.config.none_class} means unconditional and cannot be asked for; use 0 … {self.config.classes - 1}")
+            raise ValueError(
+                f"class {self.config.none_class} means unconditional and cannot be asked for; "
+                f"use 0 … {self.config.classes - 1}"
+            )
         device = self.cls_token.device
         classes = classes.to(device)
         batch = len(classes)
-        uniform = torch.rand(self.config.tokens, batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
+        uniform = torch.rand(
+            self.config.tokens, batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        ).to(device)
         both = torch.cat([classes, torch.full_like(classes, self.config.none_class)])
         caches = self.new_caches(2 * batch) if cached else None
         tokens = classes.new_empty(batch, 0)
@@ -385,7 +409,7 @@ class RAR(nn.Module):
                 progress(step)
         return tokens
 
-    # ----------------------------------------------------------------------------------------------------- protocol for calibration
+    # --- protocol for calibration -------------------------------------------------------------------------------------
 
     @property
     def conditioning(self) -> Conditioning:
@@ -462,14 +486,14 @@ class RAR(nn.Module):
         )
 
     def replace_head(self, head: nn.Module) -> None:
-        """Put one module, called with (x, condition, positions), in the place of the last norm and the head's linear."""
+        """Put one module, called with (x, condition, positions), in place of the last norm and the head's linear."""
         del self.adaln_before_head, self.lm_head
         self.fused_head = head
 
     def sample_calibration(
         self, classes: Tensor, seed: int, progress: Callable[[int], None] | None = None
     ) -> CalibrationSet:
-        """The model's own guided samples, recorded for both branches: rows 0 … B−1 conditional, B … 2B−1 unconditional."""
+        """The model's own guided samples, of both branches: rows 0 … B−1 conditional, B … 2B−1 unconditional."""
         tokens = self.generate(classes, seed, progress=progress)
         none = torch.full_like(classes, self.config.none_class)
         return CalibrationSet(
@@ -481,5 +505,5 @@ class RAR(nn.Module):
         """Full causal pass over recorded sequences: logits ``[n, grid², codebook]``."""
         return self(inputs["tokens"], inputs["classes"])
 
-    def config_dict(self) -> dict:
+    def config_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from ptq4arvg.models.classifier import Classifier
 from ptq4arvg.training.data import load
@@ -23,7 +24,8 @@ def augment(x: Tensor) -> Tensor:
 def main() -> None:
     args = arguments(__doc__ or "", steps=2000)
     images, labels = load("train")
-    model = Classifier().to(memory_format=torch.channels_last)
+    model = Classifier()
+    convert_conv2d_weight_memory_format(model, torch.channels_last)
     run = Run(args.out / "classifier.pt", model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02))
     while run.step < args.steps:
         run.learning_rate(cosine(run.step, args.steps, 4e-3))
@@ -37,7 +39,9 @@ def main() -> None:
     model.eval()
     images, labels = load("t10k")
     with torch.inference_mode():
-        correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True))
+        correct = sum(
+            int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True)
+        )
     print(f"test accuracy {correct / len(labels):.4f}")
 
 

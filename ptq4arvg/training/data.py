@@ -37,7 +37,9 @@ def load(split: str) -> tuple[Tensor, Tensor]:
     images, labels = folder / f"{split}-images-idx3-ubyte.gz", folder / f"{split}-labels-idx1-ubyte.gz"
     if not images.exists():
         raise FileNotFoundError(
-            f"{images} not found: install Debian's package dataset-fashion-mnist, or set PTQ4ARVG_FASHION_MNIST to a folder "
-            "with the four IDX files"
+            f"{images} not found: install Debian's package dataset-fashion-mnist, or set PTQ4ARVG_FASHION_MNIST to a "
+            "folder with the four IDX files"
         )
-    return torch.from_numpy(read_idx(images)[:, None] / np.float32(255)), torch.from_numpy(read_idx(labels).astype(np.int64))
+    return torch.from_numpy(read_idx(images)[:, None] / np.float32(255)), torch.from_numpy(
+        read_idx(labels).astype(np.int64)
+    )

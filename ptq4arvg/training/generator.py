@@ -1,8 +1,8 @@
 """Train the small RAR generator on the tokens of the training pictures.
 
-As published, the order of the image tokens is random at first and annealed to raster order: a sequence is permuted with a probability
-that is 1 for the first half of the training, falls linearly to 0 until three quarters, and stays 0. A tenth of the labels is dropped for
-classifier-free guidance. The weights kept are an exponential moving average.
+As published, the order of the image tokens is random at first and annealed to raster order: a sequence is permuted with
+a probability that is 1 for the first half of the training, falls linearly to 0 until three quarters, and stays 0. A
+tenth of the labels is dropped for classifier-free guidance. The weights kept are an exponential moving average.
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ __all__ = ["Run", "arguments", "cosine"]
 
 def arguments(description: str, steps: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=Path("out/training"), help="folder of checkpoints (resumed from if present)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/training"), help="folder of checkpoints (resumed from if present)"
+    )
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from ptq4arvg.models.tokenizers.small_vq import SmallVQ
 from ptq4arvg.training.data import load
@@ -16,9 +19,9 @@ COMMITMENT = 0.25
 
 
 class MovingCodebook:
-    """EMA codebook: every code moves to the mean of the vectors assigned to it; codes that die are put on a random vector."""
+    """EMA codebook: every code moves to the mean of its vectors; a code that dies is put on a random vector."""
 
-    def __init__(self, model: SmallVQ, extra: dict) -> None:
+    def __init__(self, model: SmallVQ, extra: dict[str, Any]) -> None:
         self.model = model
         if "count" not in extra:
             extra["count"] = torch.zeros(model.config.codebook)
@@ -40,7 +43,8 @@ class MovingCodebook:
 def main() -> None:
     args = arguments(__doc__ or "", steps=1600)
     images, _ = load("train")
-    model = SmallVQ().to(memory_format=torch.channels_last)
+    model = SmallVQ()
+    convert_conv2d_weight_memory_format(model, torch.channels_last)
     run = Run(args.out / "tokenizer.pt", model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4))
     codebook = MovingCodebook(model, run.extra)
     if run.step == 0:

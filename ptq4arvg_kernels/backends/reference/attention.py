@@ -100,8 +100,8 @@ def qkv_append(
 
 def _dequantize(cache: Tensor, grid: Grid, span: int, head_dim: int) -> Tensor:
     """``(code - zq) * delta`` of the first ``span`` slots, float32 ``[B, H, span, d]``: the subtraction is exact."""
-    codes = cache[:, :, :span, :head_dim].to(torch.int32)
-    return (codes - grid.zq).to(torch.float32) * grid.delta
+    codes = cache[:, :, :span, :head_dim].to(torch.float32)
+    return codes.sub_(grid.zq).mul_(grid.delta)
 
 
 def attention(

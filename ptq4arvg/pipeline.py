@@ -19,7 +19,7 @@ from ptq4arvg.calibration.watch import calibration_pass, watch_linears
 from ptq4arvg.errors import CalibrationError
 from ptq4arvg.fold import fold, pair_weight
 from ptq4arvg.linear import QuantLinear
-from ptq4arvg.protocol import CalibrationSet, FoldPair, LinearSpec
+from ptq4arvg.protocol import AttentionSpec, CalibrationSet, FoldPair, LinearSpec
 from ptq4arvg.recipes import Recipe, named_recipe
 
 __all__ = ["FORMAT_VERSION", "assemble", "collect_calibration", "pair_rows", "quantize", "round_tables"]
@@ -31,8 +31,11 @@ Progress = Callable[[float, str], None]
 PAIR_ROWS = 4096
 
 
-def collect_calibration(model: Any, samples: int = 128, seed: int = 0, progress: Progress | None = None) -> CalibrationSet:
-    """Sequences drawn by the model itself under guidance, both branches recorded: 2·samples of them. No data set is needed.
+def collect_calibration(
+    model: Any, samples: int = 128, seed: int = 0, progress: Progress | None = None
+) -> CalibrationSet:
+    """Sequences drawn by the model itself under guidance, both branches recorded: 2·samples of them. No data set is
+    needed.
 
     Args:
         model: floating-point generator that speaks the protocol.
@@ -46,18 +49,26 @@ def collect_calibration(model: Any, samples: int = 128, seed: int = 0, progress:
         raise CalibrationError(f"calibration needs at least one sample, got {samples}; pass samples ≥ 1")
     labels = torch.randint(model.conditioning.classes, (samples,), generator=torch.Generator().manual_seed(seed))
     steps = model.sequence_length
-    report = None if progress is None else (lambda step: progress(min(1.0, (step + 1) / steps), "sample calibration sequences"))
+    report = (
+        None
+        if progress is None
+        else (lambda step: progress(min(1.0, (step + 1) / steps), "sample calibration sequences"))
+    )
     return model.sample_calibration(labels, seed, report)
 
 
-def pair_rows(model: Any, pairs: list[FoldPair], sequences: CalibrationSet, batch: int, limit: int = PAIR_ROWS) -> dict[str, Tensor]:
+def pair_rows(
+    model: Any, pairs: list[FoldPair], sequences: CalibrationSet, batch: int, limit: int = PAIR_ROWS
+) -> dict[str, Tensor]:
     """A sample of the non-sink rows that each pair's linears read, float32 ``[n, D]`` by norm path."""
     keep = torch.ones(model.sequence_length, dtype=torch.bool)
     if len(model.sinks) < model.sequence_length:
         keep[list(model.sinks)] = False
     by_linear = {pair.linears[0]: pair.norm for pair in pairs}
     samples = {pair.norm: RowSample(len(sequences), keep, limit) for pair in pairs}
-    with watch_linears(model, list(by_linear), lambda path, rows: samples[by_linear[path]].see(rows.values, rows.positions)):
+    with watch_linears(
+        model, list(by_linear), lambda path, rows: samples[by_linear[path]].see(rows.values, rows.positions)
+    ):
         calibration_pass(model, sequences, batch)
     return {norm: sample.rows() for norm, sample in samples.items()}
 
@@ -84,19 +95,28 @@ def quantize(
         progress: called with a fraction and what is being done.
 
     Returns:
-        a generator of the same class, with the same ``generate`` and ``forward``, whose blocks and head compute in integers. Its attribute
-        ``quantization`` says how it was made (JSON-able).
+        a generator of the same class, with the same ``generate`` and ``forward``, whose blocks and head compute in
+        integers. Its attribute ``quantization`` says how it was made (JSON-able).
 
     Raises:
-        ValueError: an unknown recipe, or one that integers cannot hold.
+        ValueError: an unknown recipe, one that integers cannot hold, or a model that is quantized already.
         CalibrationError: no calibration sequences, or NaN or infinity on the way.
     """
     recipe = named_recipe(recipe)
+    done = getattr(model, "quantization", None)
+    if done is not None:
+        raise ValueError(
+            f"this model is already quantized ({done['recipe']['name']}); pass the floating-point generator instead"
+        )
     tell = progress or (lambda fraction, what: None)
     if calibration is None:
         calibration = collect_calibration(model, samples, seed, lambda fraction, what: tell(0.3 * fraction, what))
+    if samples < 1:
+        raise CalibrationError(f"calibration needs at least one sequence, got samples={samples}; pass samples ≥ 1")
     if len(calibration) == 0:
-        raise CalibrationError("calibration holds no sequences; record some with collect_calibration(model, samples ≥ 1)")
+        raise CalibrationError(
+            "calibration holds no sequences; record some with collect_calibration(model, samples ≥ 1)"
+        )
     tell(0.3, "choose sequences")
     work = copy.deepcopy(model).float().eval()
     keep = min(samples, len(calibration))
@@ -104,12 +124,19 @@ def quantize(
     sequences = calibration.select(_alternating(calibration, keep) if chosen is None else chosen.rows)
 
     pairs = [pair for pair in work.fold_pairs() if pair.role in recipe.scaled_roles]
-    scales = _scale_pairs(work, pairs, recipe, sequences, batch, lambda fraction: tell(0.35 + 0.3 * fraction, "scale channels"))
+    scales = _scale_pairs(
+        work, pairs, recipe, sequences, batch, lambda fraction: tell(0.35 + 0.3 * fraction, "scale channels")
+    )
     statistics = measure(
         work, sequences, batch=batch, progress=lambda fraction: tell(0.65 + 0.25 * fraction, "measure static scales")
     )
     tell(0.9, "pack")
-    result = assemble(work, recipe, statistics)
+    specs = work.linear_specs()
+    result = assemble(
+        work,
+        lambda path: _pack_linear(work, path, specs[path], recipe, statistics),
+        lambda attention, operand: statistics.kv(attention.path, operand, attention.heads),
+    )
     result.quantization = {
         "format_version": FORMAT_VERSION,
         "family": model.family,
@@ -134,7 +161,12 @@ def _alternating(calibration: CalibrationSet, count: int) -> Tensor:
 
 
 def _scale_pairs(
-    model: Any, pairs: list[FoldPair], recipe: Recipe, sequences: CalibrationSet, batch: int, progress: Callable[[float], None]
+    model: Any,
+    pairs: list[FoldPair],
+    recipe: Recipe,
+    sequences: CalibrationSet,
+    batch: int,
+    progress: Callable[[float], None],
 ) -> dict[str, Any]:
     """Shift and scale every pair, folding as it goes; returns what was found, by norm path."""
     if not pairs:
@@ -160,22 +192,22 @@ def _scale_pairs(
 
 
 def round_tables(model: nn.Module, replaced: set[str]) -> None:
-    """Round the parameters that stay in floating point and are tables (embeddings) to fp16, in which checkpoints store them."""
+    """Round the parameters that stay in floating point and are tables (embeddings) to fp16, in which checkpoints store
+    them."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and not any(name.startswith(path) for path in replaced):
                 parameter.copy_(parameter.half().to(parameter.dtype))
 
 
-def _linear(model: Any, path: str, spec: LinearSpec, recipe: Recipe, statistics: Statistics) -> QuantLinear:
+def _pack_linear(model: Any, path: str, spec: LinearSpec, recipe: Recipe, statistics: Statistics) -> QuantLinear:
     layer = model.get_submodule(path)
     params = statistics.linear(path, recipe.act_bits[spec.role], recipe.sink_bits)
     codes, scale = symmetric_rows(layer.weight.detach(), recipe.weight_bits[spec.role])
-    bias = None if layer.bias is None else layer.bias
     return QuantLinear.from_codes(
         codes,
         scale,
-        bias,
+        layer.bias,
         recipe.weight_bits[spec.role],
         params.delta,
         params.zero_point,
@@ -185,12 +217,16 @@ def _linear(model: Any, path: str, spec: LinearSpec, recipe: Recipe, statistics:
     )
 
 
-def assemble(model: Any, recipe: Recipe, statistics: Statistics) -> Any:
-    """Replace blocks and head of ``model`` (folded, measured) by integer ones, in place; returns it."""
-    specs = model.linear_specs()
+def assemble(
+    model: Any, make: Callable[[str], QuantLinear], kv: Callable[[AttentionSpec, str], tuple[Tensor, Tensor]]
+) -> Any:
+    """Replace blocks and head of a generator by integer ones, in place; returns it.
 
-    def make(path: str) -> QuantLinear:
-        return _linear(model, path, specs[path], recipe, statistics)
+    Args:
+        model: its norms are kept, its linears are not.
+        make: gives the integer layer for the linear at a path.
+        kv: gives ``(delta, zero_point)``, ``[G, H]`` each, of an attention's ``"k"`` or ``"v"``.
+    """
 
     def norm(path: str | None) -> Any:
         return None if path is None else model.get_submodule(path)
@@ -208,8 +244,8 @@ def assemble(model: Any, recipe: Recipe, statistics: Statistics) -> Any:
             norm(at.q_norm),
             norm(at.k_norm),
             layers,
-            statistics.kv(at.path, "k", at.heads),
-            statistics.kv(at.path, "v", at.heads),
+            kv(at, "k"),
+            kv(at, "v"),
             kv_groups(model),
         )
     head = model.head_spec()
