@@ -1,16 +1,18 @@
 """Files of quantized generators: safetensors, with a JSON description in the header.
 
 The header's key ``ptq4arvg`` holds a JSON object: ``format_version``, ``packing_version``, ``family``, ``config``,
-``recipe``, ``weight_bits``, ``act_bits``, ``integer``, the reports of calibration, and ``layers``: for every linear by
-path its sizes and bits. Packed weights are stored as ``ptq4arvg_kernels.packing`` documents; tables (embeddings) as
+``recipe``, ``weight_bits``, ``act_bits``, ``integer``, the reports of calibration, ``sha256`` of the tensors, and
+``layers``: for every linear by path its sizes and bits. Packed weights are stored as ``ptq4arvg_kernels.packing`` documents; tables (embeddings) as
 fp16, to which the pipeline rounded them; scales and biases as fp32. What is derived from these is computed again when
 loading.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +37,21 @@ __all__ = ["is_quantized", "load", "read_header", "save"]
 HEADER_KEY = "ptq4arvg"
 
 
-def _is_table(key: str, value: Tensor, model: nn.Module) -> bool:
-    return value.ndim >= 2 and value.is_floating_point() and key in dict(model.named_parameters())
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes: a zeroed or swapped block would otherwise be a legal 8-bit weight."""
+    state = hashlib.sha256()
+    for key in sorted(tensors):
+        state.update(key.encode())
+        flat = tensors[key].detach().cpu().contiguous().reshape(-1)
+        state.update(flat.view(torch.uint8).numpy().data)
+    return state.hexdigest()
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> None:
     """Write a quantized generator; an interrupted save leaves the old file as it was.
 
     Raises:
-        ValueError: the model was not quantized by :func:`ptq4arvg.pipeline.quantize`, or is a simulation; or a path that
+        ValueError: the model was not quantized by :func:`ptq4arvg.pipeline.quantize` or is a simulation, or the path
             does not end in ``.safetensors``, by which readers know the kind of a file.
     """
     if Path(path).suffix != ".safetensors":
@@ -61,7 +69,13 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
         key: value.half() if value.ndim >= 2 and key in parameters else value
         for key, value in model.state_dict().items()
     }
-    header = {**description, "packing_version": PACKING_VERSION, "layers": _layers(model), "norms": _norms(model)}
+    header = {
+        **description,
+        "packing_version": PACKING_VERSION,
+        "layers": _layers(model),
+        "norms": _norms(model),
+        "sha256": _digest(tensors),
+    }
     write_safetensors_atomic(path, tensors, {HEADER_KEY: json.dumps(header, sort_keys=True)})
 
 
@@ -110,7 +124,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         header = json.loads(metadata[HEADER_KEY])
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: the description in the header is not JSON ({error})") from error
-    needed = {"format_version", "packing_version", "family", "config", "recipe", "layers", "norms"}
+    needed = {"format_version", "packing_version", "family", "config", "recipe", "layers", "norms", "sha256"}
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the description in the header is not a JSON object but {header!r:.40}")
     if not needed <= header.keys():
@@ -198,16 +212,20 @@ def _restore(header: dict[str, Any], path: str | os.PathLike[str]) -> Any:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
-    load_strict(model, read_state_dict(path), source=str(path))
+    tensors = read_state_dict(path)
+    load_strict(model, tensors, source=str(path))
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear | QuantBlock):
             try:
                 module.refresh()
             except (IndexError, ValueError) as error:
                 raise CheckpointError(f"{path}: {name}: {error}") from error
-    model.quantization = {
-        key: value for key, value in header.items() if key not in ("layers", "norms", "packing_version")
-    }
+    if _digest(tensors) != header["sha256"]:
+        raise CheckpointError(
+            f"{path}: the tensors do not have the checksum that the header states; copy the file again"
+        )
+    beside = ("layers", "norms", "packing_version", "sha256")
+    model.quantization = {key: value for key, value in header.items() if key not in beside}
     return model.eval().requires_grad_(False)
 
 

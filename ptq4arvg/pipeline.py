@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ptq4arvg.blocks import QuantBlock, QuantHead
 from ptq4arvg.calibration.dgc import select
 from ptq4arvg.calibration.gps import ChannelScale, channel_shift, gps_scale
+from ptq4arvg.calibration.gptq import compensated_rows
 from ptq4arvg.calibration.observers import RowSample
 from ptq4arvg.calibration.quantizers import symmetric_rows
-from ptq4arvg.calibration.stwq import Statistics, kv_groups, measure
+from ptq4arvg.calibration.stwq import GroupParams, kv_groups, measure
 from ptq4arvg.calibration.watch import calibration_pass, watch_linears
 from ptq4arvg.errors import CalibrationError
 from ptq4arvg.fold import fold, pair_weight
@@ -29,6 +30,8 @@ Progress = Callable[[float, str], None]
 
 # Rows per norm → Linear pair from which shifts and scales are derived.
 PAIR_ROWS = 4096
+# Rows of every linear's input on which weight rounding is compensated.
+INPUT_ROWS = 4096
 
 
 def collect_calibration(
@@ -132,9 +135,17 @@ def quantize(
     )
     tell(0.9, "pack")
     specs = work.linear_specs()
+    compensated = [path for path, spec in specs.items() if spec.role != "adaln"] if recipe.compensate else []
+    inputs = _input_samples(work, compensated, sequences, batch)
     result = assemble(
         work,
-        lambda path: _pack_linear(work, path, specs[path], recipe, statistics),
+        lambda path: _pack_linear(
+            work.get_submodule(path),
+            specs[path],
+            recipe,
+            statistics.linear(path, recipe.act_bits[specs[path].role], recipe.sink_bits),
+            inputs.get(path),
+        ),
         lambda attention, operand: statistics.kv(attention.path, operand, attention.heads),
     )
     result.quantization = {
@@ -200,15 +211,40 @@ def round_tables(model: nn.Module, replaced: set[str]) -> None:
                 parameter.copy_(parameter.half().to(parameter.dtype))
 
 
-def _pack_linear(model: Any, path: str, spec: LinearSpec, recipe: Recipe, statistics: Statistics) -> QuantLinear:
-    layer = model.get_submodule(path)
-    params = statistics.linear(path, recipe.act_bits[spec.role], recipe.sink_bits)
-    codes, scale = symmetric_rows(layer.weight.detach(), recipe.weight_bits[spec.role])
+def _input_samples(model: Any, paths: list[str], sequences: CalibrationSet, batch: int) -> dict[str, RowSample]:
+    """A sample of the input rows of every linear in ``paths``, sinks included."""
+    everywhere = torch.ones(model.sequence_length, dtype=torch.bool)
+    samples = {path: RowSample(len(sequences), everywhere, INPUT_ROWS) for path in paths}
+    if paths:
+        with watch_linears(model, paths, lambda path, rows: samples[path].see(rows.values, rows.positions)):
+            calibration_pass(model, sequences, batch)
+    return samples
+
+
+def _pack_linear(
+    layer: nn.Linear, spec: LinearSpec, recipe: Recipe, params: GroupParams, sample: RowSample | None
+) -> QuantLinear:
+    """Round and pack one linear.
+
+    With a sample of its input, rounding errors are compensated in the weight and their mean in the bias.
+    """
+    weight, bits = layer.weight.detach(), recipe.weight_bits[spec.role]
+    bias = None if layer.bias is None else layer.bias.detach()
+    if sample is None:
+        codes, scale = symmetric_rows(weight, bits)
+    else:
+        exact = sample.rows()
+        rounded = params.rounded(exact, sample.positions())
+        codes, scale = compensated_rows(weight, bits, rounded)
+        if bias is not None:
+            dequantized = codes.double() * scale.double()[:, None]
+            drift = exact.double().mean(0) @ weight.double().T - rounded.double().mean(0) @ dequantized.T
+            bias = (bias.double() + drift).float()
     return QuantLinear.from_codes(
         codes,
         scale,
-        layer.bias,
-        recipe.weight_bits[spec.role],
+        bias,
+        bits,
         params.delta,
         params.zero_point,
         params.bits,

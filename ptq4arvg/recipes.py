@@ -27,6 +27,8 @@ class Recipe:
         sink_bits: width of the codes at sink positions where a layer gives them groups of their own: 8-bit codes cost a
             tensor core nothing in a layer of 6-bit codes.
         scaled_roles: roles of the norm → Linear pairs that get the symmetric channel shift and GPS factors.
+        compensate: whether weight rounding spreads its errors (GPTQ) or is round-to-nearest; modulation linears always
+            round to nearest.
         dgc: whether calibration sequences are ranked (else the first ones, alternating branches, are used).
     """
 
@@ -35,6 +37,7 @@ class Recipe:
     act_bits: dict[str, int] = field(default_factory=lambda: _all(8))
     sink_bits: int = 8
     scaled_roles: tuple[str, ...] = FOLDABLE
+    compensate: bool = True
     dgc: bool = True
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ptq4arvg.blocks import QuantBlock, QuantHead
 from ptq4arvg.errors import CalibrationError
+from ptq4arvg.fold import fold
 from ptq4arvg.linear import QuantLinear
 from ptq4arvg.models.rar import PREFIX, RAR
 from ptq4arvg.pipeline import collect_calibration, quantize
@@ -124,17 +125,26 @@ def test_bits_may_differ_by_role(quantized: dict[str, RAR]) -> None:
     assert set(quantized["mixed"].quantization["scaling"]) == {"blocks.0.norm1", "blocks.1.norm1"}
 
 
-def test_sink_bits_are_those_of_the_recipe(model: RAR, calibration: CalibrationSet, quantized: dict[str, RAR]) -> None:
-    recipe = Recipe("narrow sinks", weight_bits=bits(6), act_bits=bits(6), sink_bits=6)
-    narrow = quantize(model, recipe, calibration, samples=12)
-    for role, layers in layers_of(narrow).items():
-        for layer, wide in zip(layers, layers_of(quantized["w6a6"])[role], strict=True):
+def test_sink_bits_are_those_of_the_recipe(model: RAR, calibration: CalibrationSet) -> None:
+    narrow, wide = (
+        layers_of(
+            quantize(
+                model,
+                Recipe(f"sinks {width}", bits(6), bits(6), sink_bits=width, compensate=False),
+                calibration,
+                samples=12,
+            )
+        )
+        for width in (6, 8)
+    )
+    for role, layers in narrow.items():
+        for layer, wider in zip(layers, wide[role], strict=True):
             assert set(layer.act_bits.tolist()) == {6}
-            # The sinks' codes alone differ: weights and every other group are the same.
-            assert torch.equal(layer.qweight, wide.qweight)
-            same = layer.act_bits == wide.act_bits
-            assert torch.equal(layer.delta[same], wide.delta[same])
-            assert bool((layer.delta[~same] > wide.delta[~same]).all())
+            # The sinks' codes alone differ: weights, not compensated, and every other group are the same.
+            assert torch.equal(layer.qweight, wider.qweight)
+            same = layer.act_bits == wider.act_bits
+            assert torch.equal(layer.delta[same], wider.delta[same])
+            assert bool((layer.delta[~same] > wider.delta[~same]).all())
 
 
 def test_wide_groups_are_not_narrowed_by_sink_bits(model: RAR, calibration: CalibrationSet) -> None:
@@ -187,6 +197,27 @@ def test_logits_are_close_to_those_of_the_model(seed: int) -> None:
     assert found["w6a8"] > 22
     assert found["w6a6"] > 18.5
     assert found["w8a8"] > found["w6a8"] > found["w6a6"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_outlier_channels_cost_nothing(seed: int) -> None:
+    """Channels with lognormal gains and offsets many times their size, which are taken out again before rounding."""
+    original = tiny_rar(seed, **SIZES)
+    harder = copy.deepcopy(original)
+    gen = torch.Generator().manual_seed(seed)
+    for pair in harder.fold_pairs():
+        gain, offset = torch.exp(1.5 * torch.randn(40, generator=gen)), 4 * torch.randn(40, generator=gen)
+        fold(harder, pair, gain, offset / gain)
+    tokens, classes = tiny_inputs(original, 30, seed + 10)
+    reference = original(tokens, classes)
+    torch.testing.assert_close(harder(tokens, classes), reference, rtol=0, atol=1e-4)
+    recorded = collect_calibration(original, SAMPLES, seed)
+    plain, result = (quantize(model, "w6a6", recorded, samples=12) for model in (original, harder))
+    assert sqnr(reference, result(tokens, classes)) > sqnr(reference, plain(tokens, classes)) - 1.5
+    # The shift is symmetric: behind it the zero point of all but the sinks is the middle of the grid, nearly.
+    for role in ("qkv", "fc1", "head"):
+        for layer in layers_of(result)[role]:
+            assert abs(int(layer.zero_point[-1]) - 32) <= 2
 
 
 @NAMES

@@ -197,7 +197,6 @@ def select_published(model: Any, sequences: CalibrationSet, count: int, batch: i
     else:
         largest = torch.cat([cond, uncond]).topk(min(count, len(cond) + len(uncond))).indices
         fraction = float((largest < len(cond)).double().mean())
-    # A branch that is too short is made up for by the other.
-    wanted = max(min(round(fraction * count), len(conditional)), count - len(unconditional))
+    wanted = min(round(fraction * count), len(conditional))
     rows = torch.cat([conditional[:wanted], unconditional[: count - wanted]])
     return _selection(sequences, rows, None, "published")

@@ -27,8 +27,12 @@ __all__ = [
     "smoothquant_scale",
 ]
 
-# Common factors tried on all channels but the widest (method.md §1.4.3, item 4).
-SEARCH = tuple(2.0 ** (k / 2) for k in range(-8, 9))
+# Common factors tried on all channels but the widest (method.md §1.4.3, item 4), as powers of √2: first the coarse
+# ones, then the neighbours of the best.
+COARSE = (-8, -4, -2, 0, 2, 4, 8)
+FINE = (-1, 1)
+# Rows on which candidates are judged; the errors compared differ by more than what so many rows leave uncertain.
+JUDGE_ROWS = 1024
 ROUNDS = 2
 
 
@@ -125,6 +129,7 @@ def gps_scale(x: Tensor, weight: Tensor, act_bits: int, weight_bits: int) -> Cha
             f"scaling needs at least 2 calibration rows besides the sinks, got {len(x)}; use more samples"
         )
     fit, judge = x[::2].double(), x[1::2].double()
+    judge = judge[:: max(1, len(judge) // JUDGE_ROWS)]
     ones = torch.ones(x.shape[1], dtype=torch.float64)
     unscaled = layer_error(judge, weight, ones, act_bits, weight_bits)
     best = ChannelScale(ones, unscaled, unscaled, "none", 0, 1.0)
@@ -136,19 +141,28 @@ def gps_scale(x: Tensor, weight: Tensor, act_bits: int, weight_bits: int) -> Cha
             ratio = closed_form(a, b, k)
             spread = scaled.amax(0) - scaled.amin(0)
             floor = spread / spread[k].clamp(min=1e-30)
-            round_best: ChannelScale | None = None
-            for factor in SEARCH:
-                candidate = torch.maximum(ratio * factor, floor)
-                candidate[k] = 1.0
-                candidate = scale * candidate.clamp(min=1e-6)
-                error = layer_error(judge, weight, candidate, act_bits, weight_bits)
-                if round_best is None or error < round_best.error:
-                    round_best = ChannelScale(candidate, error, unscaled, start, rounds, factor)
-            assert round_best is not None
-            scale = round_best.scale
-            if round_best.error < best.error:
-                best = round_best
+            scale, error, factor = _search_factor(judge, weight, scale, ratio, floor, k, act_bits, weight_bits)
+            if error < best.error:
+                best = ChannelScale(scale, error, unscaled, start, rounds, factor)
     return ChannelScale(_sane(best.scale, x, weight), best.error, unscaled, best.start, best.rounds, best.factor)
+
+
+def _search_factor(
+    x: Tensor, weight: Tensor, scale: Tensor, ratio: Tensor, floor: Tensor, k: int, act_bits: int, weight_bits: int
+) -> tuple[Tensor, float, float]:
+    """The common factor c that makes ``scale · max(c·ratio, floor)`` best on ``x``: that scale, its error, and c."""
+
+    def scaled_by(power: int) -> Tensor:
+        relative = torch.maximum(ratio * 2.0 ** (power / 2), floor)
+        relative[k] = 1.0
+        return scale * relative.clamp(min=1e-6)
+
+    errors = {power: layer_error(x, weight, scaled_by(power), act_bits, weight_bits) for power in COARSE}
+    middle = min(errors, key=lambda power: errors[power])
+    for power in (middle + step for step in FINE):
+        errors[power] = layer_error(x, weight, scaled_by(power), act_bits, weight_bits)
+    best = min(errors, key=lambda power: errors[power])
+    return scaled_by(best), errors[best], 2.0 ** (best / 2)
 
 
 def _rms_gauge(x: Tensor, weight: Tensor) -> Tensor:

@@ -92,14 +92,21 @@ class RowSample:
             self.stride += 1
         self.seen = 0
         self.parts: list[Tensor] = []
+        self.places: list[Tensor] = []
 
     def see(self, values: Tensor, positions: Tensor) -> None:
         """``values [n, K]`` batch-major, ``positions`` int64 ``[n]``."""
-        rows = values[self.keep[positions]]
+        kept = self.keep[positions]
+        rows = values[kept]
         first = -self.seen % self.stride
         self.parts.append(rows[first :: self.stride].clone())
+        self.places.append(positions[kept][first :: self.stride].clone())
         self.seen += len(rows)
 
     def rows(self) -> Tensor:
         """The sample, float32 ``[n, K]``."""
         return torch.cat(self.parts).float()
+
+    def positions(self) -> Tensor:
+        """Positions of the sampled rows, int64 ``[n]``."""
+        return torch.cat(self.places)

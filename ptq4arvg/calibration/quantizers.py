@@ -103,7 +103,7 @@ def search_columns(
     With ``contain_zero`` False windows are not extended and zero points may leave the grid, as in the published
     per-channel quantizer; such parameters describe a window (for a channel shift) and cannot be deployed.
     """
-    ordered = x.double().sort(0).values
+    ordered = x.sort(0).values.double()
     candidates = []
     for p in percentiles:
         at = p * (len(x) - 1)

@@ -32,6 +32,13 @@ class GroupParams:
     bits: Tensor
     group_of_position: Tensor
 
+    def rounded(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Rows ``[n, K]`` at ``positions [n]`` after quantizing and dequantizing them."""
+        group = self.group_of_position[positions]
+        delta, zero_point = self.delta[group][:, None], self.zero_point[group][:, None]
+        top = 2 ** self.bits[group][:, None] - 1
+        return (((rows / delta).round() + zero_point).clamp_min(0).minimum(top) - zero_point) * delta
+
 
 @dataclass(frozen=True)
 class Statistics:

@@ -1,4 +1,5 @@
-"""Scripts that made the bundled weights: run ``python -m ptq4arvg.training.{tokenizer,classifier,generator,package}`` in this order.
+"""Scripts that made the bundled weights.
 
-They need the Fashion-MNIST files (Debian package ``dataset-fashion-mnist``); nothing else in the project does.
+Run ``python -m ptq4arvg.training.{tokenizer,classifier,generator,tune_guidance,package}`` in this order. They need the
+Fashion-MNIST files (Debian package ``dataset-fashion-mnist``); nothing else in the project does.
 """

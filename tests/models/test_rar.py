@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ptq4arvg.errors import CheckpointError
 from ptq4arvg.models.families import build
 from ptq4arvg.models.rar import CONFIGS, PREFIX, RAR, RARConfig
+from ptq4arvg.nn import Window
 from tests.tiny import tiny_inputs, tiny_rar
 
 MANIFESTS = Path(__file__).parents[1] / "data" / "manifests"
@@ -416,6 +417,20 @@ def test_cached_sampling_gives_the_tokens_of_uncached_sampling(seed: int) -> Non
     assert tokens.shape == (4, model.config.tokens)
     assert tokens.dtype == torch.int64
     assert torch.equal(tokens, model.generate(classes, seed, cached=False))
+
+
+def test_cached_sampling_computes_every_position_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_rar(0)
+    computed: list[list[int]] = []
+    step = model.step
+
+    def watched(classes: Tensor, tokens: Tensor, window: Window, caches: list[Any] | None) -> Tensor:
+        computed.append(window.positions.tolist())
+        return step(classes, tokens, window, caches)
+
+    monkeypatch.setattr(model, "step", watched)
+    model.generate(torch.tensor([1, 2]))
+    assert computed == [[0, 1], *([i] for i in range(2, model.sequence_length))]
 
 
 def test_same_seed_same_tokens() -> None:
