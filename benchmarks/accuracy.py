@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
 
 from ptq4arvg import __version__
-from ptq4arvg.evaluation import COMPARISON, PAPER, Experiment, Outcome, RowSpec, Settings, row_specs
+from ptq4arvg.evaluation import COMPARISON, PAPER, Outcome, RowSpec, Settings, row_specs
 from ptq4arvg.files import write_json
 from ptq4arvg.metrics import Interval, frechet_interval, mean_interval
 from ptq4arvg.models.bundled import VARIANTS, load_reference, load_scorer
+from ptq4arvg.row_pool import Task, default_jobs, run_rows
 from ptq4arvg.scoring import Scorer
 
 REPLICAS = 1000
@@ -58,10 +57,6 @@ def read_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     return list(report["rows"])
 
 
-def reporter(status: Status, label: str) -> Callable[[float, str], None]:
-    return lambda fraction, what: status.update(f"{label}, {what} ({fraction:.0%})")
-
-
 def table(rows: list[dict[str, Any]]) -> Table:
     result = Table(header_style="bold")
     for header in ("model", "variant"):
@@ -93,6 +88,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="file of figures, written after every row")
     parser.add_argument("--rows", nargs="+", default=[spec.name for spec in everything], help="names as in the table")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument(
+        "--jobs", type=int, default=default_jobs(), help="rows worked on at the same time, one thread each"
+    )
     args = parser.parse_args()
     settings = Settings(images=args.images, held_out=args.held_out)
     try:
@@ -101,30 +99,31 @@ def main() -> None:
         parser.error(str(error))
     rows = read_rows(args.json, settings.to_dict())
     done = {(row["name"], row["variant"]) for row in rows}
+    tasks = [Task(variant, spec) for variant in args.variants for spec in specs if (spec.name, variant) not in done]
     console, scorer, reference = Console(), load_scorer(), load_reference()
-    for variant in args.variants:
-        missing = [spec for spec in specs if (spec.name, variant) not in done]
-        if not missing:
-            continue
-        experiment = Experiment(variant, settings, scorer)
-        for spec in missing:
-            label = f"{variant}: {spec.name}"
-            with console.status(label) as status:
-                row = measured(experiment.run(spec, reporter(status, label)), scorer)
-            rows.append(row)
+    busy: dict[Task, str] = {}
+    with console.status("starting") as status:
+
+        def show(task: Task, fraction: float, what: str) -> None:
+            busy[task] = f"{task.variant} {task.spec.name}: {what} {fraction:.0%}"
+            status.update(", ".join(busy.values()))
+
+        for task, outcome in run_rows(tasks, settings, args.jobs, show):
+            busy.pop(task, None)
+            rows.append(measured(outcome, scorer))
             write_json(
                 args.json,
                 {
                     "version": __version__,
                     "torch": torch.__version__,
-                    "threads": torch.get_num_threads(),
+                    "jobs": args.jobs,
                     "settings": settings.to_dict(),
                     "replicas": REPLICAS,
                     "reference": reference.figures,
                     "rows": rows,
                 },
             )
-            console.print(f"{label} done")
+            console.print(f"{task.variant} {task.spec.name} done")
     order = {(variant, spec.name): i for i, (variant, spec) in enumerate((v, s) for v in VARIANTS for s in everything)}
     console.print(table(sorted(rows, key=lambda row: order[row["variant"], row["name"]])))
 

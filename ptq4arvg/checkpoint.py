@@ -2,9 +2,9 @@
 
 The header's key ``ptq4arvg`` holds a JSON object: ``format_version``, ``packing_version``, ``family``, ``config``,
 ``recipe``, ``weight_bits``, ``act_bits``, ``integer``, the reports of calibration, ``sha256`` of the tensors, and
-``layers``: for every linear by path its sizes and bits. Packed weights are stored as ``ptq4arvg_kernels.packing`` documents; tables (embeddings) as
-fp16, to which the pipeline rounded them; scales and biases as fp32. What is derived from these is computed again when
-loading.
+``layers``: for every linear by path its sizes and bits. Packed weights are stored as ``ptq4arvg_kernels.packing``
+documents; tables (embeddings) as fp16, to which the pipeline rounded them; scales and biases as fp32. What is derived
+from these is computed again when loading.
 """
 
 from __future__ import annotations

@@ -81,12 +81,13 @@ def class_list(text: str, limit: int) -> list[int]:
 def demo_command(
     images: Annotated[int, typer.Option(help="Pictures per row of the table.")] = 500,
     out: Annotated[Path, typer.Option(help="Folder for report.json and images.png.")] = Path("out/demo"),
+    jobs: Annotated[int | None, typer.Option(help="Rows worked on at once; default: one per core.")] = None,
 ) -> None:
     """Quantize the bundled model in several ways, let every result draw, and print one table."""
     from ptq4arvg.demo import demo
     from ptq4arvg.evaluation import Settings
 
-    demo(out, Settings(images=images))
+    demo(out, Settings(images=images), jobs)
 
 
 @app.command("quantize")

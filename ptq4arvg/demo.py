@@ -6,21 +6,20 @@ Writes ``report.json`` and ``images.png``. Needs neither a GPU nor the dataset.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ptq4arvg import __version__
 from ptq4arvg.demo_picture import Panel, Strip, draw_picture
-from ptq4arvg.evaluation import COMPARISON, Experiment, Outcome, Row, Settings
+from ptq4arvg.evaluation import COMPARISON, Outcome, Row, Settings
 from ptq4arvg.files import write_json
 from ptq4arvg.models.bundled import CLASS_NAMES, VARIANTS, load_reference, load_scorer
+from ptq4arvg.row_pool import Task, default_jobs, run_rows
 from ptq4arvg.scoring import Scorer
 
 __all__ = ["demo", "table"]
@@ -79,18 +78,32 @@ def _strip(outcome: Outcome, scorer: Scorer) -> Strip:
     return Strip(row.name, f"{sqnr}class {row.class_accuracy:.1%}\nFréchet {row.frechet:.2f}", pictures)
 
 
-def _reporter(bars: Progress, label: str) -> Callable[[float, str], None]:
-    """A new bar, and the function that moves it."""
-    task = bars.add_task(label, total=1.0)
+class _Bars:
+    """One bar for the whole, and one for every row that is being worked on."""
 
-    def show(fraction: float, what: str) -> None:
-        bars.update(task, completed=fraction, description=f"{label}, {what}")
+    def __init__(self, progress: Progress, rows: int) -> None:
+        self.progress = progress
+        self.whole = progress.add_task("[bold]all rows", total=float(rows))
+        self.bars: dict[Task, TaskID] = {}
+        self.done: dict[Task, float] = {}
 
-    return show
+    def show(self, task: Task, fraction: float, what: str) -> None:
+        label = f"{task.variant}: {task.spec.name}, {what}"
+        if task not in self.bars:
+            self.bars[task] = self.progress.add_task(label, total=1.0)
+        self.done[task] = fraction
+        self.progress.update(self.bars[task], completed=fraction, description=label)
+        self.progress.update(self.whole, completed=sum(self.done.values()))
+
+    def finish(self, task: Task) -> None:
+        self.show(task, 1.0, "done")
 
 
-def demo(out: Path, settings: Settings, console: Console | None = None) -> dict[str, Any]:
+def demo(out: Path, settings: Settings, jobs: int | None = None, console: Console | None = None) -> dict[str, Any]:
     """Run the comparison on both variants, print the table, write ``report.json`` and ``images.png`` to ``out``.
+
+    Args:
+        jobs: rows worked on at the same time, one thread each; None for one per processor core.
 
     Returns:
         The content of ``report.json``.
@@ -104,25 +117,24 @@ def demo(out: Path, settings: Settings, console: Console | None = None) -> dict[
             f"{settings.images} images are too few: the picture shows {least} of every row; ask for at least that many"
         )
     console = console or Console()
+    jobs = default_jobs() if jobs is None else jobs
     started = time.perf_counter()
     scorer, reference = load_scorer(), load_reference()
-    outcomes: list[Outcome] = []
+    tasks = [Task(variant, spec) for variant in VARIANTS for spec in COMPARISON]
+    found: dict[Task, Outcome] = {}
     columns = (TextColumn("{task.description:44}"), BarColumn(None), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, expand=True) as bars:
-        whole = bars.add_task("demo", total=len(VARIANTS) * (len(COMPARISON) + 1))
-        for variant in VARIANTS:
-            experiment = Experiment(variant, settings, scorer)
-            experiment.prepare(_reporter(bars, f"{variant}: original"))
-            bars.advance(whole)
-            for spec in COMPARISON:
-                outcomes.append(experiment.run(spec, _reporter(bars, f"{variant}: {spec.name}")))
-                bars.advance(whole)
+    with Progress(*columns, console=console, expand=True) as progress:
+        bars = _Bars(progress, len(tasks))
+        for task, outcome in run_rows(tasks, settings, jobs, bars.show):
+            found[task] = outcome
+            bars.finish(task)
+    outcomes = [found[task] for task in tasks]
     rows = [outcome.row for outcome in outcomes]
     seconds = time.perf_counter() - started
     report = {
         "version": __version__,
         "settings": settings.to_dict(),
-        "threads": torch.get_num_threads(),
+        "jobs": jobs,
         "seconds": round(seconds, 1),
         "reference": reference.figures,
         "rows": [row.to_dict() for row in rows],

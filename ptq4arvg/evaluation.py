@@ -81,7 +81,7 @@ class Row:
             for simulated ones, which exist in floating point only.
         logit_sqnr_db: None for FP, which is its own reference.
         tokens_per_s: image tokens per second of wall-clock time while drawing, all pictures of a chunk in one batch, on
-            this machine. Simulated rows time the simulation.
+            this machine, while other rows may run beside it. Simulated rows time the simulation.
     """
 
     name: str

@@ -35,6 +35,7 @@ from ptq4arvg.protocol import (
 
 __all__ = ["CONFIGS", "RAR", "RARConfig"]
 
+SAMPLE_CHUNK = 64  # sequences drawn at once for calibration
 PREFIX = 2  # cls_token and class token precede the image tokens
 
 
@@ -493,8 +494,26 @@ class RAR(nn.Module):
     def sample_calibration(
         self, classes: Tensor, seed: int, progress: Callable[[int], None] | None = None
     ) -> CalibrationSet:
-        """The model's own guided samples, of both branches: rows 0 … B−1 conditional, B … 2B−1 unconditional."""
-        tokens = self.generate(classes, seed, progress=progress)
+        """The model's own guided samples, of both branches: rows 0 … B−1 conditional, B … 2B−1 unconditional.
+
+        Drawn ``SAMPLE_CHUNK`` at a time (chunk i from seed + i), which bounds the memory of the caches.
+        """
+        parts = classes.split(SAMPLE_CHUNK)
+        drawn = []
+        for i, part in enumerate(parts):
+
+            def report(step: int, i: int = i) -> None:
+                if progress is not None:
+                    progress((i * self.config.tokens + step) // len(parts))
+
+            drawn.append(self.generate(part, seed + i, progress=report))
+        return self.calibration_set(torch.cat(drawn), classes)
+
+    def calibration_set(self, tokens: Tensor, classes: Tensor) -> CalibrationSet:
+        """Sequences to calibrate on, of both branches, from tokens ``[B, grid²]`` and classes ``[B]``.
+
+        Use it to calibrate on recorded samples or on tokenized real pictures.
+        """
         none = torch.full_like(classes, self.config.none_class)
         return CalibrationSet(
             inputs={"tokens": tokens.repeat(2, 1), "classes": torch.cat([classes, none])},

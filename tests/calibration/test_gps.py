@@ -171,9 +171,12 @@ def test_the_factor_is_fixed_by_equal_peaks() -> None:
 
 @given(seed=SEEDS, bits=BITS)
 def test_the_shift_centres_every_channel(seed: int, bits: int) -> None:
-    # Short tails: where percentiles differ much, the search may prefer another window for the shifted values.
+    # A share of the values lies at the ends, so that all percentiles agree: where they differ, the search may prefer
+    # another window, with another middle, for the shifted values.
     x = torch.rand(2000, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    x = x * torch.exp(torch.linspace(-3, 3, 16, dtype=torch.float64)) + torch.linspace(-20, 20, 16, dtype=torch.float64)
+    x = x.clamp(0.05, 0.95) * torch.exp(torch.linspace(-3, 3, 16, dtype=torch.float64)) + torch.linspace(
+        -20, 20, 16, dtype=torch.float64
+    )
     middle = 2 ** (bits - 1)
     assert bool(((search_columns(x, bits).zero_point - middle).abs() > 1).any())
     after = search_columns(x - channel_shift(x, bits), bits)
@@ -228,12 +231,12 @@ def test_without_the_shift_offsets_ruin_gps(bits: int, seed: int) -> None:
 # -------------------------------------------------------------------------------------------------------------- search
 
 
-@pytest.mark.parametrize("factor", [2.0**-4, 0.25, 1.0, 16.0])
+@pytest.mark.parametrize("power", [-8, -4, 0, 8])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_clip_keeps_the_widest_channel_the_widest(
-    monkeypatch: pytest.MonkeyPatch, seed: int, factor: float
-) -> None:
-    monkeypatch.setattr(gps, "SEARCH", (factor,))
+def test_the_clip_keeps_the_widest_channel_the_widest(monkeypatch: pytest.MonkeyPatch, seed: int, power: int) -> None:
+    factor = 2.0 ** (power / 2)
+    monkeypatch.setattr(gps, "COARSE", (power,))
+    monkeypatch.setattr(gps, "FINE", ())
     monkeypatch.setattr(gps, "ROUNDS", 1)
     tried: list[Tensor] = []
     measure = gps.layer_error
@@ -302,7 +305,7 @@ def test_the_report_is_the_error_of_the_scale() -> None:
     assert layer_error(judge, w, ones, 6, 6) == found.unscaled_error
     assert found.start in ("as is", "rms")
     assert found.rounds in (1, 2)
-    assert found.factor in gps.SEARCH
+    assert (2 * math.log2(found.factor)).is_integer()
 
 
 def test_it_is_deterministic() -> None:
