@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +27,7 @@ from ptq4arvg.row_pool import Task, default_jobs, run_rows
 from ptq4arvg.scoring import Scorer
 
 REPLICAS = 1000
+WIDTH = 120  # of the table where no terminal says how much room there is
 
 
 def measured(outcome: Outcome, scorer: Scorer) -> dict[str, Any]:
@@ -58,11 +60,11 @@ def read_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    result = Table(header_style="bold")
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("model", "variant"):
-        result.add_column(header)
-    for header in ("MB", "SQNR dB", "KL nats", "top-1", "class (95 %)", "Fréchet (95 %)", "tokens/s"):
-        result.add_column(header, justify="right")
+        result.add_column(header, no_wrap=True)
+    for header in ("MB", "SQNR dB", "KL nats", "top-1", "class (95 %)", "Fréchet (95 %)", "tok/s"):
+        result.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         low, high = row["class_accuracy_interval"]
         near, far = row["frechet_interval"]
@@ -73,9 +75,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
             "–" if row["logit_sqnr_db"] is None else f"{row['logit_sqnr_db']:.2f}",
             f"{row['kl_nats']:.5f}",
             f"{row['top1_agreement']:.2%}",
-            f"{row['class_accuracy']:.2%} ({low:.2%} … {high:.2%})",
+            f"{row['class_accuracy']:.1%} ({low:.1%} … {high:.1%})",
             f"{row['frechet']:.3f} ({near:.3f} … {far:.3f})",
-            f"{row['tokens_per_s']:,.0f}",
+            f"{row['tokens_per_s']:.0f}",
         )
     return result
 
@@ -101,6 +103,8 @@ def main() -> None:
     done = {(row["name"], row["variant"]) for row in rows}
     tasks = [Task(variant, spec) for variant in args.variants for spec in specs if (spec.name, variant) not in done]
     console, scorer, reference = Console(), load_scorer(), load_reference()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     busy: dict[Task, str] = {}
     with console.status("starting") as status:
 

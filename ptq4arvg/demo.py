@@ -35,6 +35,10 @@ TITLES = {
 }
 
 
+def _percent(value: float) -> str:
+    return "100%" if value == 1 else f"{value:.1%}"
+
+
 def table(rows: list[Row]) -> Table:
     """The rows as a table for the terminal, grouped by variant; fits into 80 columns."""
     result = Table(
@@ -60,11 +64,11 @@ def table(rows: list[Row]) -> Table:
             "integer" if row.integer else ("float" if row.act_bits == 16 else "simulated"),
             "–" if row.size_mb is None else f"{row.size_mb:.2f}",
             "–" if row.logit_sqnr_db is None else f"{row.logit_sqnr_db:.1f}",
-            f"{row.kl_nats:.4f}",
-            f"{row.top1_agreement:.1%}",
-            f"{row.class_accuracy:.1%}",
+            f"{row.kl_nats:.3f}",
+            _percent(row.top1_agreement),
+            _percent(row.class_accuracy),
             f"{row.frechet:.3f}",
-            f"{row.tokens_per_s:,.0f}",
+            f"{row.tokens_per_s:.0f}",
         )
     return result
 

@@ -60,7 +60,8 @@ def _floating_kind(tensors: dict[str, Tensor], path: Path) -> str:
     try:
         return f"published checkpoint, {config_of(tensors, path)}"
     except CheckpointError:
-        return "state dict of no published config"
+        table = tensors.get("cls_token")
+        return "state dict" if table is None else f"RAR of width {table.shape[-1]}, no published size"
 
 
 def _by_dtype(tensors: dict[str, Tensor]) -> list[tuple[str, str]]:

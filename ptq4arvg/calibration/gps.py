@@ -9,6 +9,7 @@ real output error.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,9 @@ COARSE = (-8, -4, -2, 0, 2, 4, 8)
 FINE = (-1, 1)
 # Rows on which candidates are judged; the errors compared differ by more than what so many rows leave uncertain.
 JUDGE_ROWS = 1024
+# Judging a candidate: clip candidates of the weight rows, values from which the activation window is searched.
+CLIP_STEPS = 8
+PERCENTILE_VALUES = 1 << 17
 ROUNDS = 2
 
 
@@ -100,12 +104,19 @@ def layer_error(x: Tensor, weight: Tensor, scale: Tensor, act_bits: int, weight_
     """``‖xWᵀ − x̂Ŵᵀ‖² / ‖xWᵀ‖²`` with per-tensor activations and per-row symmetric weights, both after scaling."""
     scaled = (x.double() / scale).float()
     w = (weight.double() * scale).float()
-    params = search_columns(scaled.reshape(-1, 1), act_bits)
-    codes, step = symmetric_rows(w, weight_bits)
-    rounded = (codes.double() * step.double()[:, None]).float()
+    params = search_columns(_thinned(scaled.reshape(-1, 1), x.shape[1]), act_bits)
+    codes, step = symmetric_rows(w, weight_bits, steps=CLIP_STEPS)
     exact = scaled @ w.T
-    error = fake_quantize(scaled, params) @ rounded.T - exact
+    error = fake_quantize(scaled, params) @ (codes.float() * step[:, None]).T - exact
     return float(error.double().square().sum() / exact.double().square().sum().clamp(min=1e-300))
+
+
+def _thinned(values: Tensor, channels: int) -> Tensor:
+    """Every n-th value, about ``PERCENTILE_VALUES`` of them, n coprime to the number of channels so that none is left out."""
+    stride = max(1, len(values) // PERCENTILE_VALUES)
+    while math.gcd(stride, channels) > 1:
+        stride += 1
+    return values[::stride]
 
 
 def gps_scale(x: Tensor, weight: Tensor, act_bits: int, weight_bits: int) -> ChannelScale:

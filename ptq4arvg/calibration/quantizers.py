@@ -137,16 +137,16 @@ def symmetric_rows(
         codes int8 ``[N, K]``, scale float32 ``[N]``.
     """
     limit = 2 ** (bits - 1) - 1
-    w = weight.double()
+    w = weight if weight.dtype == torch.float64 else weight.float()
     peak = w.abs().amax(1)
     peak = torch.where(peak > 1e-30, peak, torch.ones_like(peak))
-    column_weight = torch.ones(w.shape[1], dtype=torch.float64) if importance is None else importance.double()
+    column_weight = torch.ones(w.shape[1], dtype=w.dtype) if importance is None else importance.to(w.dtype)
     best_error = torch.full_like(peak, torch.inf)
     best_scale = peak / limit
     for step in range(steps):
-        scale = (peak * (1 - 0.5 * step / steps) / limit).float().double()
-        codes = (w / scale[:, None]).round().clamp(-limit, limit)
-        error = (codes * scale[:, None] - w).square() @ column_weight
+        scale = (peak * (1 - 0.5 * step / steps) / limit).float().to(w.dtype)
+        codes = (w / scale[:, None]).round_().clamp_(-limit, limit)
+        error = codes.mul_(scale[:, None]).sub_(w).square_() @ column_weight
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)

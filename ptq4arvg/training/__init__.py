@@ -1,5 +1,5 @@
 """Scripts that made the bundled weights.
 
-Run ``python -m ptq4arvg.training.{tokenizer,classifier,generator,tune_guidance,package}`` in this order. They need the
+Run ``python -m ptq4arvg.training.{tokenizer,classifier,generator,package,tune_guidance}`` in this order. They need the
 Fashion-MNIST files (Debian package ``dataset-fashion-mnist``); nothing else in the project does.
 """
