@@ -3,7 +3,8 @@
     python -m benchmarks.accuracy --images 5000 --json out/accuracy.json [--rows W8A8 "paper W6A6"] [--variants stress]
 
 The figures are those of the demo, computed by the same code from more pictures. The file is written after every row;
-started again with the same settings, the benchmark does the rows that are missing.
+started again with the same settings, the benchmark does the rows that are missing. It cannot see that the code
+changed: name a new file then.
 """
 
 from __future__ import annotations

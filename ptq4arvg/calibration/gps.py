@@ -112,7 +112,7 @@ def layer_error(x: Tensor, weight: Tensor, scale: Tensor, act_bits: int, weight_
 
 
 def _thinned(values: Tensor, channels: int) -> Tensor:
-    """Every n-th value, about ``PERCENTILE_VALUES`` of them, n coprime to the number of channels so that none is left out."""
+    """Every n-th value, about ``PERCENTILE_VALUES``; n is coprime to the number of channels, so none is left out."""
     stride = max(1, len(values) // PERCENTILE_VALUES)
     while math.gcd(stride, channels) > 1:
         stride += 1
