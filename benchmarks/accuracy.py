@@ -102,6 +102,7 @@ def main() -> None:
         parser.error(str(error))
     rows = read_rows(args.json, settings.to_dict())
     done = {(row["name"], row["variant"]) for row in rows}
+    torch.set_num_threads(1)  # the workers need the cores; the bootstrap here is many small operations
     tasks = [Task(variant, spec) for variant in args.variants for spec in specs if (spec.name, variant) not in done]
     console, scorer, reference = Console(), load_scorer(), load_reference()
     if not console.is_terminal:
