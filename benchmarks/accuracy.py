@@ -28,7 +28,7 @@ from ptq4arvg.row_pool import Task, default_jobs, run_rows
 from ptq4arvg.scoring import Scorer
 
 REPLICAS = 1000
-WIDTH = 120  # of the table where no terminal says how much room there is
+WIDTH = 150
 
 
 def measured(outcome: Outcome, scorer: Scorer) -> dict[str, Any]:
