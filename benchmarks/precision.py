@@ -53,9 +53,8 @@ def main() -> None:
         )
     margin = margins(model, tokens, classes)
     for fraction in FRACTIONS:
-        print(
-            f"margin of the best guided logit is below {float(margin.quantile(fraction)):.3f} in {fraction:.0%} of positions"
-        )
+        limit = float(margin.quantile(fraction))
+        print(f"margin of the best guided logit is below {limit:.3f} in {fraction:.0%} of positions")
 
 
 if __name__ == "__main__":
