@@ -34,8 +34,7 @@ __all__ = ["QuantBlock", "QuantHead"]
 
 def _modulation(layer: QuantLinear, condition: Condition) -> Tensor:
     """Modulation channels ``[R, chunks·D]`` of the distinct conditions."""
-    codes, sums = quantize(condition.values, layer.table, condition.positions, layer.activation)
-    return linear(*layer.operands(codes, sums, condition.positions), "none", condition.values.dtype)
+    return layer(condition.values, condition.positions)
 
 
 def _chunk(modulation: Tensor, index: int, width: int) -> Tensor:

@@ -20,7 +20,7 @@ from ptq4arvg.calibration.watch import calibration_pass, watch_linears
 from ptq4arvg.errors import CalibrationError
 from ptq4arvg.fold import fold, pair_weight
 from ptq4arvg.linear import QuantLinear
-from ptq4arvg.protocol import AttentionSpec, CalibrationSet, FoldPair, LinearSpec
+from ptq4arvg.protocol import AttentionSpec, CalibrationSet, FoldPair, LinearSpec, ordinary_positions
 from ptq4arvg.recipes import Recipe, named_recipe
 
 __all__ = ["FORMAT_VERSION", "assemble", "collect_calibration", "pair_rows", "quantize", "round_tables"]
@@ -64,16 +64,20 @@ def pair_rows(
     model: Any, pairs: list[FoldPair], sequences: CalibrationSet, batch: int, limit: int = PAIR_ROWS
 ) -> dict[str, Tensor]:
     """A sample of the non-sink rows that each pair's linears read, float32 ``[n, D]`` by norm path."""
-    keep = torch.ones(model.sequence_length, dtype=torch.bool)
-    if len(model.sinks) < model.sequence_length:
-        keep[list(model.sinks)] = False
-    by_linear = {pair.linears[0]: pair.norm for pair in pairs}
-    samples = {pair.norm: RowSample(len(sequences), keep, limit) for pair in pairs}
-    with watch_linears(
-        model, list(by_linear), lambda path, rows: samples[by_linear[path]].see(rows.values, rows.positions)
-    ):
-        calibration_pass(model, sequences, batch)
-    return {norm: sample.rows() for norm, sample in samples.items()}
+    paths = [pair.linears[0] for pair in pairs]
+    samples = _sample_inputs(model, paths, ordinary_positions(model), sequences, batch, limit)
+    return {pair.norm: samples[path].rows() for pair, path in zip(pairs, paths, strict=True)}
+
+
+def _sample_inputs(
+    model: Any, paths: list[str], positions: Tensor, sequences: CalibrationSet, batch: int, limit: int
+) -> dict[str, RowSample]:
+    """A sample of the input rows of every linear in ``paths``, at the positions of the mask ``positions [T]``."""
+    samples = {path: RowSample(len(sequences), positions, limit) for path in paths}
+    if paths:
+        with watch_linears(model, paths, lambda path, rows: samples[path].see(rows.values, rows.positions)):
+            calibration_pass(model, sequences, batch)
+    return samples
 
 
 def quantize(
@@ -136,7 +140,8 @@ def quantize(
     tell(0.9, "pack")
     specs = work.linear_specs()
     compensated = [path for path, spec in specs.items() if spec.role != "adaln"] if recipe.compensate else []
-    inputs = _input_samples(work, compensated, sequences, batch)
+    everywhere = torch.ones(work.sequence_length, dtype=torch.bool)
+    inputs = _sample_inputs(work, compensated, everywhere, sequences, batch, INPUT_ROWS)
     result = assemble(
         work,
         lambda path: _pack_linear(
@@ -209,16 +214,6 @@ def round_tables(model: nn.Module, replaced: set[str]) -> None:
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and not any(name.startswith(path) for path in replaced):
                 parameter.copy_(parameter.half().to(parameter.dtype))
-
-
-def _input_samples(model: Any, paths: list[str], sequences: CalibrationSet, batch: int) -> dict[str, RowSample]:
-    """A sample of the input rows of every linear in ``paths``, sinks included."""
-    everywhere = torch.ones(model.sequence_length, dtype=torch.bool)
-    samples = {path: RowSample(len(sequences), everywhere, INPUT_ROWS) for path in paths}
-    if paths:
-        with watch_linears(model, paths, lambda path, rows: samples[path].see(rows.values, rows.positions)):
-            calibration_pass(model, sequences, batch)
-    return samples
 
 
 def _pack_linear(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "HeadSpec",
     "LinearSpec",
     "Modulation",
+    "ordinary_positions",
 ]
 
 ROLES = ("adaln", "qkv", "proj", "fc1", "fc2", "head")
@@ -180,3 +182,11 @@ class GeneratorProtocol(Protocol):
     def guided(self, cond: Tensor, uncond: Tensor, step: int) -> Tensor: ...
     def replace_head(self, head: nn.Module) -> None: ...
     def config_dict(self) -> dict[str, Any]: ...
+
+
+def ordinary_positions(model: GeneratorProtocol) -> Tensor:
+    """Mask bool ``[T]`` of the positions that are no sinks; all of them where nothing but sinks exists."""
+    ordinary = torch.ones(model.sequence_length, dtype=torch.bool)
+    if len(model.sinks) < model.sequence_length:
+        ordinary[list(model.sinks)] = False
+    return ordinary

@@ -93,8 +93,7 @@ def _pass_on(messages: Any, tasks: Sequence[Task], report: Report) -> None:
         report(tasks[index], fraction, what)
 
 
-# ------------------------------------------------------------------------------------------------ in the worker
-# processes
+# --- in the worker processes ---
 
 _messages: Any = None
 

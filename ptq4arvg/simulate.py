@@ -18,7 +18,6 @@ the linears.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from ptq4arvg.calibration.watch import calibration_pass, watch_linears
 from ptq4arvg.errors import CalibrationError
 from ptq4arvg.fold import fold, pair_weight
 from ptq4arvg.pipeline import FORMAT_VERSION, collect_calibration, pair_rows, round_tables
-from ptq4arvg.protocol import CalibrationSet
+from ptq4arvg.protocol import CalibrationSet, ordinary_positions
 from ptq4arvg_kernels.tables import make_table, row_parameters
 
 __all__ = ["RECIPES", "FakeQuantLinear", "FakeQuantOperand", "simulate"]
@@ -168,8 +167,7 @@ def _fold_smoothquant(model: Any, sequences: CalibrationSet, batch: int, with_si
     """Fold α = ½ factors into every pair, from the peaks over all tokens or over all but the sinks (heads never exclude
     sinks)."""
     peaks: dict[str, Tensor] = {}
-    ordinary = torch.ones(model.sequence_length, dtype=torch.bool)
-    ordinary[list(model.sinks)] = False
+    ordinary = ordinary_positions(model)
     pairs = {pair.linears[0]: pair for pair in model.fold_pairs()}
 
     def see(path: str, rows: Any) -> None:
@@ -178,17 +176,11 @@ def _fold_smoothquant(model: Any, sequences: CalibrationSet, batch: int, with_si
         peak = values.abs().amax(0)
         peaks[path] = torch.maximum(peaks[path], peak) if path in peaks else peak
 
-    _watched_pass(model, list(pairs), see, sequences, batch)
+    with watch_linears(model, list(pairs), see):
+        calibration_pass(model, sequences, batch)
     for path, pair in pairs.items():
         scale = smoothquant_scale(peaks[path], pair_weight(model, pair))
         fold(model, pair, scale, torch.zeros_like(scale))
-
-
-def _watched_pass(
-    model: Any, paths: list[str], see: Callable[[str, Any], None], sequences: CalibrationSet, batch: int
-) -> None:
-    with watch_linears(model, paths, see):
-        calibration_pass(model, sequences, batch)
 
 
 def _fold_published(model: Any, sequences: CalibrationSet, weight_bits: int, act_bits: int, batch: int) -> None:

@@ -13,6 +13,7 @@ from ptq4arvg.models.rar import RAR, RARConfig
 from ptq4arvg.models.stress import _fold, channel_std, stress
 from ptq4arvg.nn import Linear, Norm
 from ptq4arvg.protocol import FoldPair
+from tests.tiny import randomize
 
 
 def random_model(seed: int, **sizes: int) -> RAR:
@@ -20,14 +21,8 @@ def random_model(seed: int, **sizes: int) -> RAR:
     base = {"dim": 32, "depth": 2, "heads": 2, "mlp_dim": 48, "codebook": 24, "classes": 5, "grid": 3}
     rows = (sizes.get("grid", 3)) ** 2 + 2
     config = RARConfig(**(base | sizes), pos_rows=rows, time_rows=rows, guidance=2.0)
-    generator = torch.Generator().manual_seed(seed)
     model = RAR(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            wide = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * wide)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1.0)
+    randomize(model, seed)
     return model.eval().requires_grad_(False)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ptq4arvg.calibration.watch import calibration_pass
 from ptq4arvg.errors import CalibrationError
-from ptq4arvg.protocol import CalibrationSet
+from ptq4arvg.protocol import CalibrationSet, ordinary_positions
 
 __all__ = ["Selection", "d_optimal", "features", "mahalanobis", "select", "select_published"]
 
@@ -72,9 +72,7 @@ def _check_count(sequences: CalibrationSet, count: int) -> None:
 def block_outputs(model: Any, sequences: CalibrationSet, blocks: list[int], batch: int) -> list[Tensor]:
     """Output of the named blocks for all sequences, each as a list of float64 ``[n, 2, D]``: mean and deviation over
     non-sink positions."""
-    keep = torch.ones(model.sequence_length, dtype=torch.bool)
-    if len(model.sinks) < model.sequence_length:
-        keep[list(model.sinks)] = False
+    keep = ordinary_positions(model)
     specs = model.block_specs()
     seen: dict[int, list[Tensor]] = {i: [] for i in blocks}
     handles = []

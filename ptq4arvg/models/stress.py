@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4arvg.nn import Norm
-from ptq4arvg.protocol import FoldPair, GeneratorProtocol
+from ptq4arvg.protocol import FoldPair, GeneratorProtocol, ordinary_positions
 
 __all__ = ["channel_std", "stress"]
 
@@ -69,8 +69,7 @@ def channel_std(model: nn.Module) -> dict[str, Tensor]:
     """
     assert isinstance(model, GeneratorProtocol)
     wide = copy.deepcopy(model).double().eval()
-    ordinary = torch.ones(wide.sequence_length, dtype=torch.bool)
-    ordinary[list(wide.sinks)] = False
+    ordinary = ordinary_positions(wide)
     seen: dict[str, Tensor] = {}
 
     def watch(path: str) -> torch.utils.hooks.RemovableHandle:
