@@ -6,8 +6,11 @@ others state which code they produce.
 """
 
 from ..registry import register_backend
+from .cpu import CpuBackend
 from .reference import ReferenceBackend
 
 REFERENCE_PRIORITY = 0
+CPU_PRIORITY = 10
 
+register_backend(CpuBackend(), CPU_PRIORITY)
 register_backend(ReferenceBackend(), REFERENCE_PRIORITY)

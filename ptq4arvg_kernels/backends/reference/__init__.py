@@ -31,4 +31,14 @@ class ReferenceBackend(Backend):
         )
 
 
-__all__ = ["ReferenceBackend"]
+__all__ = [
+    "ReferenceBackend",
+    "adaln_quant",
+    "attention",
+    "linear",
+    "linear_gate_residual",
+    "linear_quant",
+    "linear_swiglu_quant",
+    "qkv_append",
+    "quantize",
+]

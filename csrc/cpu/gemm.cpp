@@ -1,0 +1,184 @@
+// Integer linear layer: products, exact correction and epilogue. The products themselves are in gemm_<isa>.h.
+//
+// Few rows (<= DIRECT_ROWS): each thread streams panels once and unpacks them in registers; memory is the limit.
+// More rows: a tile's panels are unpacked once into the thread's cache and multiplied with all rows of a chunk, a few
+// rows at a time, while the panels of the next tile are prefetched.
+#include "gemm.h"
+
+#include "codes.h"
+#include "epilogue.h"
+#include "pack.h"
+#include "prefetch.h"
+#include "threads.h"
+
+#if defined(PTQ_ISA_AVX512VNNI)
+#include "gemm_avx512.h"
+#elif defined(PTQ_ISA_AVX2)
+#include "gemm_avx2.h"
+#else
+#include "gemm_portable.h"
+#endif
+
+namespace ptq::PTQ_NS {
+namespace {
+
+constexpr int64_t CHUNK_BYTES = 512 * 1024;   // activations of one chunk of rows: they stay in the second-level cache
+constexpr int64_t SERIAL_PRODUCTS = 1 << 17;  // below, waking the team costs more than it saves
+
+inline int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+inline int64_t larger(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+inline int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+// One call: the operands in the form the products want, and the constants of the rows.
+struct Call {
+    const LinearArgs& args;
+    const int8_t* a;    // activations, K padded
+    int64_t row_bytes;  // from one row of `a` to the next
+    const RowTerm* terms;
+    int64_t padded, panel_size;
+    int64_t half;        // panels of one half of a paired layer; all panels of another
+    int not_finite = 0;  // set by any thread. No std::atomic here: see types.h
+
+    const uint8_t* panel(int64_t index) const { return args.weights.panels + index * panel_size; }
+};
+
+void row_terms(const LinearArgs& args, RowTerm* terms) {
+    const int32_t offset = weight_offset(args.weights.bits, args.act_bits);
+    for (int64_t row = 0, p = 0; row < args.rows; ++row) {
+        const int64_t position = args.positions.at(p);
+        const Grid& grid = args.table.rows[position];
+        terms[row] = {grid.delta, static_cast<int32_t>(grid.zq), offset * args.row_sums[row],
+                      static_cast<int32_t>(position)};
+        if (++p == args.positions.count) p = 0;
+    }
+}
+
+// Epilogue of `rows` rows of the panels [first, first + count); acc is [rows][stride], panel p of the first half at
+// 16 * (p - first), its partner in the second half `count` panels further on.
+void finish_rows(Call& call, int64_t row0, int64_t rows, int64_t first, int64_t count, const int32_t* acc,
+                 int64_t stride) {
+    const int64_t width =
+        call.args.weights.paired ? call.args.weights.out_features / 2 : call.args.weights.out_features;
+    bool finite = true;
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t p = 0; p < count; ++p) {
+            const int64_t channel = (first + p) * PANEL;
+            const int32_t* own = acc + r * stride + p * PANEL;
+            finite &= finish(call.args, row0 + r, call.terms[row0 + r], channel, smaller(PANEL, width - channel), own,
+                             own + count * PANEL);
+        }
+    }
+    if (!finite) __atomic_store_n(&call.not_finite, 1, __ATOMIC_RELAXED);
+}
+
+void run_direct(Call& call, int threads) {
+    const LinearArgs& args = call.args;
+    const int halves = args.weights.paired ? 2 : 1;
+    const int64_t tasks = threads > 1 ? smaller(call.half, 8 * threads) : 1;
+    parallel(threads, tasks, [&](int64_t task) {
+        alignas(64) int32_t acc[DIRECT_ROWS * 2 * PANEL];
+        const int64_t stride = halves * PANEL;
+        for (int64_t p = call.half * task / tasks; p < call.half * (task + 1) / tasks; ++p) {
+            for (int h = 0; h < halves; ++h) {
+                direct(static_cast<int>(args.rows), args.weights.bits, args.act_bits, call.a, call.row_bytes,
+                       call.panel(p + h * call.half), call.padded, acc + h * PANEL, stride);
+            }
+            finish_rows(call, 0, args.rows, p, 1, acc, stride);
+        }
+    });
+}
+
+void run_tiles(Call& call, int threads) {
+    const LinearArgs& args = call.args;
+    const int halves = args.weights.paired ? 2 : 1;
+    const int64_t unit = larger(1, TILE_PANELS / halves);  // panels of the first half in a tile
+    const int64_t units = ceil_div(call.half, unit);
+    const int64_t wanted = threads > 1 ? 4 * threads : 1;
+    int64_t chunk = larger(TILE_ROWS * 8, CHUNK_BYTES / call.row_bytes);
+    if (units < wanted) chunk = smaller(chunk, larger(TILE_ROWS * 4, ceil_div(args.rows * units, wanted)));
+    const int64_t chunks = ceil_div(args.rows, round_up(chunk, TILE_ROWS));
+    const int64_t ranges = threads > 1 ? smaller(units, ceil_div(8 * threads, chunks)) : 1;
+    const int64_t unpacked = unpacked_panel_bytes(call.padded, args.weights.bits);
+
+    parallel(threads, chunks * ranges, [&](int64_t task) {
+        uint8_t* panels = static_cast<uint8_t*>(thread_scratch(unpacked * unit * halves));
+        alignas(64) int32_t acc[TILE_ROWS * (TILE_PANELS + 1) * PANEL];
+        const int64_t range = task % ranges, row_begin = args.rows * (task / ranges) / chunks,
+                      row_end = args.rows * (task / ranges + 1) / chunks;
+        const int64_t tiles = ceil_div(row_end - row_begin, TILE_ROWS);
+        for (int64_t u = units * range / ranges; u < units * (range + 1) / ranges; ++u) {
+            const int64_t first = u * unit, count = smaller(unit, call.half - first), all = count * halves;
+            for (int64_t i = 0; i < all; ++i) {
+                unpack_panel(call.panel(first + i % count + i / count * call.half), call.padded, args.weights.bits,
+                             static_cast<int>(i), static_cast<int>(all), panels);
+            }
+            // The next tile's panels, spread evenly over the blocks of all tiles of rows of this one.
+            const int64_t next = smaller(unit, call.half - first - unit), bytes = call.panel_size * larger(0, next);
+            const int64_t steps = call.padded / BLOCK;  // of one tile of rows
+            const int64_t lines = ceil_div(bytes / 64, tiles * steps);
+            for (int64_t t = 0; t < tiles; ++t) {
+                const int64_t row = row_begin + (row_end - row_begin) * t / tiles,
+                              rows = row_begin + (row_end - row_begin) * (t + 1) / tiles - row;
+                const int64_t stride = all * PANEL;
+                const int64_t done = t * steps * lines * 64;
+                Prefetch prefetch;
+                if (done < bytes) {
+                    prefetch.next = reinterpret_cast<const char*>(call.panel(first + unit)) + done;
+                    prefetch.lines = static_cast<int>(lines);
+                }
+                tile(static_cast<int>(all), static_cast<int>(rows), args.weights.bits, args.act_bits,
+                     call.a + row * call.row_bytes, call.row_bytes, panels, call.padded, acc, stride, prefetch);
+                finish_rows(call, row, rows, first, count, acc, stride);
+            }
+        }
+    });
+}
+
+}  // namespace
+
+Status linear(const LinearArgs& args, int threads) {
+    const Weights& w = args.weights;
+    const int64_t padded = padded_k(w.in_features);
+    if (args.rows == 0 || w.out_features == 0) return Status::ok;
+    if (args.rows * w.out_features * w.in_features < SERIAL_PRODUCTS) threads = 1;
+
+    // One buffer around the loops: the constants of the rows, then the converted activations if the products need any.
+    const bool as_is = operand_is_codes(w.bits) && padded == w.in_features;
+    const int64_t row_bytes = as_is ? padded : operand_row_bytes(padded, w.bits);
+    const int64_t terms_bytes = round_up(args.rows * static_cast<int64_t>(sizeof(RowTerm)), 64);
+    char* buffer = static_cast<char*>(call_scratch(terms_bytes + (as_is ? 0 : args.rows * row_bytes)));
+    RowTerm* terms = reinterpret_cast<RowTerm*>(buffer);
+    row_terms(args, terms);
+    int8_t* converted = reinterpret_cast<int8_t*>(buffer + terms_bytes);
+    if (!as_is) {
+        const int64_t per_task = larger(1, 32768 / padded);
+        parallel(threads, ceil_div(args.rows, per_task), [&](int64_t task) {
+            for (int64_t row = task * per_task; row < smaller(args.rows, (task + 1) * per_task); ++row) {
+                convert_row(args.codes + row * w.in_features, w.in_features, padded, w.bits,
+                            converted + row * row_bytes);
+            }
+        });
+    }
+    Call call{args,
+              as_is ? args.codes : converted,
+              row_bytes,
+              terms,
+              padded,
+              panel_bytes(w.in_features, w.bits),
+              panel_count(w.out_features, w.paired) / (w.paired ? 2 : 1)};
+    args.rows <= DIRECT_ROWS ? run_direct(call, threads) : run_tiles(call, threads);
+
+    if (args.epilogue.kind == Epilogue::Kind::quant || args.epilogue.kind == Epilogue::Kind::swiglu_quant) {
+        const int64_t width = args.epilogue.kind == Epilogue::Kind::quant ? w.out_features : w.out_features / 2;
+        sum_codes(args.epilogue.codes, args.rows, width, threads);
+    }
+    return call.not_finite ? Status::not_finite : Status::ok;
+}
+
+}  // namespace ptq::PTQ_NS

@@ -1,0 +1,154 @@
+// Integer products with `vpdpbusd`: four products of an unsigned weight u = w + 2^(bits-1) and a signed activation are
+// added to an int32 lane, exactly. Every width of weights and activations takes the same path; 6 bits only move less.
+#pragma once
+
+#include "isa.h"
+#include "pack.h"
+#include "prefetch.h"
+
+namespace ptq::PTQ_NS {
+
+constexpr int TILE_PANELS = 4;   // panels (64 channels) a tile multiplies at once
+constexpr int TILE_ROWS = 6;     // 6 x 4 accumulators, 4 weights, 1 activation: 29 registers
+constexpr int DIRECT_ROWS = 12;  // up to here weights are unpacked in registers
+
+// What is added to every weight code, and therefore has to be taken out again with the row sums.
+inline int32_t weight_offset(int bits, int /*act_bits*/) {
+    return bits == 6 ? 32 : 128;
+}
+
+// Activations are read as they are, K padded to 32 with zeros.
+inline int64_t operand_row_bytes(int64_t padded, int /*bits*/) {
+    return padded;
+}
+inline bool operand_is_codes(int /*bits*/) {
+    return true;
+}
+inline void convert_row(const int8_t* codes, int64_t in_features, int64_t padded, int /*bits*/, int8_t* out) {
+    __builtin_memcpy(out, codes, static_cast<size_t>(in_features));
+    __builtin_memset(out + in_features, 0, static_cast<size_t>(padded - in_features));
+}
+
+// Distance of the software prefetch of a direct product, in bytes: the hardware prefetcher stops at page borders.
+constexpr int64_t PREFETCH_AHEAD = 1536;
+
+struct Block {
+    __m512i w[4];
+};
+
+// 6 bits: three ANDs, and the fourth vector from the spare bits; the 32-bit shifts drag bits over byte borders, which
+// the masks remove. Ternary logic 0xf8 is a | (b & c).
+inline Block unpack_block(const uint8_t* p, int bits) {
+    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64), c = _mm512_loadu_si512(p + 128);
+    if (bits == 8) return {{a, b, c, _mm512_loadu_si512(p + 192)}};
+    const __m512i low = _mm512_set1_epi8(63);
+    __m512i last = _mm512_and_si512(_mm512_srli_epi32(a, 6), _mm512_set1_epi8(0x03));
+    last = _mm512_ternarylogic_epi32(last, _mm512_srli_epi32(b, 4), _mm512_set1_epi8(0x0c), 0xf8);
+    last = _mm512_ternarylogic_epi32(last, _mm512_srli_epi32(c, 2), _mm512_set1_epi8(0x30), 0xf8);
+    return {{_mm512_and_si512(a, low), _mm512_and_si512(b, low), _mm512_and_si512(c, low), last}};
+}
+
+inline __m512i broadcast4(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+
+// One panel, `ROWS` rows, weights unpacked in registers. SETS accumulators per row hide the latency of few rows.
+template <int BITS, int ROWS>
+void direct_rows(const int8_t* a, int64_t stride, const uint8_t* panel, int64_t padded, int32_t* acc,
+                 int64_t acc_stride) {
+    constexpr int SETS = ROWS <= 6 ? 4 : 2;
+    __m512i sum[ROWS][SETS];
+    for (int r = 0; r < ROWS; ++r) {
+        for (int s = 0; s < SETS; ++s) sum[r][s] = _mm512_setzero_si512();
+    }
+    for (int64_t k = 0; k < padded; k += BLOCK, panel += BITS == 6 ? 192 : 256) {
+        for (int line = 0; line < (BITS == 6 ? 3 : 4); ++line) {
+            _mm_prefetch(reinterpret_cast<const char*>(panel + PREFETCH_AHEAD + 64 * line), _MM_HINT_T0);
+        }
+        const Block block = unpack_block(panel, BITS);
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g) {
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; ++r) {
+                sum[r][g % SETS] =
+                    _mm512_dpbusd_epi32(sum[r][g % SETS], block.w[g], broadcast4(a + r * stride + k + 4 * g));
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        __m512i total = _mm512_add_epi32(sum[r][0], sum[r][1]);
+        if (SETS == 4) total = _mm512_add_epi32(total, _mm512_add_epi32(sum[r][2], sum[r][SETS - 1]));
+        _mm512_storeu_si512(acc + r * acc_stride, total);
+    }
+}
+
+// `PANELS` unpacked panels, interleaved as [padded / 4][PANELS][64], with `ROWS` rows.
+template <int PANELS, int ROWS>
+void tile_rows(const int8_t* a, int64_t stride, const uint8_t* w, int64_t padded, int32_t* acc, int64_t acc_stride,
+               const Prefetch& prefetch) {
+    __m512i sum[ROWS][PANELS];
+    for (int r = 0; r < ROWS; ++r) {
+        for (int p = 0; p < PANELS; ++p) sum[r][p] = _mm512_setzero_si512();
+    }
+    const char* ahead = prefetch.next;
+    for (int64_t k = 0; k < padded; k += BLOCK) {
+        for (int line = 0; line < prefetch.lines; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g, w += 64 * PANELS) {
+            __m512i weight[PANELS];
+#pragma GCC unroll 4
+            for (int p = 0; p < PANELS; ++p) weight[p] = _mm512_loadu_si512(w + 64 * p);
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512i activation = broadcast4(a + r * stride + k + 4 * g);
+#pragma GCC unroll 4
+                for (int p = 0; p < PANELS; ++p) sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], weight[p], activation);
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int p = 0; p < PANELS; ++p) _mm512_storeu_si512(acc + r * acc_stride + 16 * p, sum[r][p]);
+    }
+}
+
+// Bytes of the unpacked panels of a tile.
+inline int64_t unpacked_panel_bytes(int64_t padded, int /*bits*/) {
+    return padded * PANEL;
+}
+
+inline void unpack_panel(const uint8_t* panel, int64_t padded, int bits, int index, int count, uint8_t* out) {
+    out += 64 * index;
+    for (int64_t k = 0; k < padded; k += BLOCK, panel += block_bytes(bits)) {
+        const Block block = unpack_block(panel, bits);
+        for (int g = 0; g < 4; ++g, out += 64 * count) _mm512_store_si512(out, block.w[g]);
+    }
+}
+
+#define PTQ_ROWS(r)                                                                     \
+    case r:                                                                             \
+        return bits == 6 ? direct_rows<6, r>(a, stride, panel, padded, acc, acc_stride) \
+                         : direct_rows<8, r>(a, stride, panel, padded, acc, acc_stride);
+inline void direct(int rows, int bits, int /*act_bits*/, const int8_t* a, int64_t stride, const uint8_t* panel,
+                   int64_t padded, int32_t* acc, int64_t acc_stride) {
+    switch (rows) {
+        PTQ_ROWS(1)
+        PTQ_ROWS(2) PTQ_ROWS(3) PTQ_ROWS(4) PTQ_ROWS(5) PTQ_ROWS(6) PTQ_ROWS(7) PTQ_ROWS(8) PTQ_ROWS(9) PTQ_ROWS(10)
+            PTQ_ROWS(11) PTQ_ROWS(12)
+    }
+}
+#undef PTQ_ROWS
+
+#define PTQ_TILE(p, r) \
+    case 8 * p + r:    \
+        return tile_rows<p, r>(a, stride, w, padded, acc, acc_stride, prefetch);
+#define PTQ_TILES(p) PTQ_TILE(p, 1) PTQ_TILE(p, 2) PTQ_TILE(p, 3) PTQ_TILE(p, 4) PTQ_TILE(p, 5) PTQ_TILE(p, 6)
+inline void tile(int panels, int rows, int /*bits*/, int /*act_bits*/, const int8_t* a, int64_t stride,
+                 const uint8_t* w, int64_t padded, int32_t* acc, int64_t acc_stride, const Prefetch& prefetch) {
+    switch (8 * panels + rows) { PTQ_TILES(1) PTQ_TILES(2) PTQ_TILES(3) PTQ_TILES(4) }
+}
+#undef PTQ_TILES
+#undef PTQ_TILE
+
+}  // namespace ptq::PTQ_NS

@@ -1,0 +1,173 @@
+#include "threads.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#endif
+
+namespace ptq {
+namespace {
+
+struct Loop {
+    std::atomic<int64_t> next{0};
+    int64_t tasks;
+    Body body;
+    void* context;
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // of the first task that threw; read after the team has met
+
+    Loop(int64_t tasks, Body body, void* context) : tasks(tasks), body(body), context(context) {}
+};
+
+// An exception must not leave a thread of the team: it is kept, and thrown where the loop was called.
+void run(void* data) {
+    Loop& loop = *static_cast<Loop*>(data);
+    for (int64_t task; (task = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.tasks;) {
+        try {
+            loop.body(loop.context, task);
+        } catch (...) {
+            if (!loop.failed.exchange(true)) loop.error = std::current_exception();
+            loop.next.store(loop.tasks, std::memory_order_relaxed);
+        }
+    }
+}
+
+// GOMP_parallel(function, data, threads, flags) is the entry point every OpenMP runtime on Linux offers (LLVM's and
+// Intel's under the same name). Looked up when first needed, in what the process has loaded, it is the runtime of
+// torch: its threads are ours too, and no second pool competes with them for the cores.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+GompParallel find_gomp() {
+#if defined(__unix__) || defined(__APPLE__)
+    return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#else
+    return nullptr;
+#endif
+}
+
+GompParallel gomp() {
+    static const GompParallel found = find_gomp();
+    return found;
+}
+
+// The team used where no OpenMP runtime is loaded. Workers sleep between loops.
+class Pool {
+  public:
+    ~Pool() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stop_ = true;
+        }
+        wake_.notify_all();
+        for (std::thread& worker : workers_) worker.join();
+    }
+
+    void run_loop(int threads, Loop& loop) {
+        std::unique_lock<std::mutex> one_loop(busy_, std::try_to_lock);
+        if (!one_loop.owns_lock()) return run(&loop);  // another thread of the program is using the team
+        const size_t helpers = static_cast<size_t>(threads - 1);
+        while (workers_.size() < helpers) workers_.emplace_back(&Pool::work, this, workers_.size());
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            loop_ = &loop;
+            wanted_ = helpers;
+            running_ = helpers;
+            ++generation_;
+        }
+        wake_.notify_all();
+        run(&loop);
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, [&] { return running_ == 0; });
+    }
+
+  private:
+    void work(size_t index) {
+        uint64_t seen = 0;
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [&] { return stop_ || (generation_ != seen && index < wanted_); });
+            if (stop_) return;
+            seen = generation_;
+            Loop* loop = loop_;
+            lock.unlock();
+            run(loop);
+            lock.lock();
+            if (--running_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex busy_, mutex_;
+    std::condition_variable wake_, done_;
+    std::vector<std::thread> workers_;
+    Loop* loop_ = nullptr;
+    size_t wanted_ = 0, running_ = 0;
+    uint64_t generation_ = 0;
+    bool stop_ = false;
+};
+
+std::atomic<bool> use_gomp{true};
+
+class Scratch {
+  public:
+    ~Scratch() { std::free(data_); }
+    void* at_least(int64_t bytes) {
+        if (bytes > size_) {
+            const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+            std::free(data_);
+            data_ = std::aligned_alloc(64, static_cast<size_t>(rounded));
+            size_ = data_ ? rounded : 0;
+            if (!data_) throw std::bad_alloc();
+        }
+        return data_;
+    }
+
+  private:
+    void* data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+}  // namespace
+
+void parallel_for(int threads, int64_t tasks, Body body, void* context) {
+    Loop loop(tasks, body, context);
+    if (threads > tasks) threads = static_cast<int>(tasks);
+    if (threads <= 1) {
+        run(&loop);
+    } else if (use_gomp && gomp()) {
+        gomp()(run, &loop, static_cast<unsigned>(threads), 0);
+    } else {
+        static Pool pool;
+        pool.run_loop(threads, loop);
+    }
+    if (loop.failed) std::rethrow_exception(loop.error);
+}
+
+void* thread_scratch(int64_t bytes) {
+    static thread_local Scratch scratch;
+    return scratch.at_least(bytes);
+}
+
+void* call_scratch(int64_t bytes) {
+    static thread_local Scratch scratch;
+    return scratch.at_least(bytes);
+}
+
+const char* thread_team() {
+    return use_gomp && gomp() ? "GOMP" : "std::thread";
+}
+
+bool set_thread_team(bool wanted) {
+    if (wanted && !gomp()) return false;
+    use_gomp = wanted;
+    return true;
+}
+
+}  // namespace ptq

@@ -1,0 +1,37 @@
+// Parallel loops on torch's own OpenMP team, so that never more than torch.get_num_threads() threads are busy.
+#pragma once
+
+#include <cstdint>
+
+namespace ptq {
+
+using Body = void (*)(void* context, int64_t task);
+
+// Calls body(context, task) once for every task in [0, tasks), on at most `threads` threads; the tasks are handed out
+// in order, whichever thread is free. Returns when all are done. Not to be nested.
+void parallel_for(int threads, int64_t tasks, Body body, void* context);
+
+// The same with a callable: for (task) f(task).
+template <typename Function>
+void parallel(int threads, int64_t tasks, const Function& function) {
+    if (threads <= 1 || tasks <= 1) {
+        for (int64_t task = 0; task < tasks; ++task) function(task);
+        return;
+    }
+    parallel_for(
+        threads, tasks, [](void* context, int64_t task) { (*static_cast<const Function*>(context))(task); },
+        const_cast<void*>(static_cast<const void*>(&function)));
+}
+
+// 64-byte aligned memory of this thread. Each kind is one buffer, reused by later calls, which invalidates what an
+// earlier one returned: the first for the body of a task, the second for a kernel around its parallel loops. They grow
+// and are never handed back: after warm-up nothing is allocated. Throws std::bad_alloc.
+void* thread_scratch(int64_t bytes);
+void* call_scratch(int64_t bytes);
+
+// What runs the loops: "GOMP" (the OpenMP runtime that torch loaded) or "std::thread", where there is none. Tests
+// choose with set_thread_team, which returns false for a team that does not exist here.
+const char* thread_team();
+bool set_thread_team(bool gomp);
+
+}  // namespace ptq

@@ -1,0 +1,76 @@
+"""The compiled module, if this installation has it, and how tensors are handed to it.
+
+Environment: ``PTQ4ARVG_CPU_ISA`` names an instruction set (``avx512vnni``, ``avx2``, ``portable``) to use instead of the
+best one of the machine.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+View: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+# Numbers of csrc/views.h (Element) and csrc/cpu/types.h (the enumerations).
+_ELEMENTS = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.int8: 3,
+    torch.uint8: 4,
+    torch.int32: 5,
+    torch.int64: 6,
+}
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu_erf": 2, "gelu_tanh": 3}
+NORMS = {"layer": 0, "rms": 1}
+QK_KINDS = {"none": 0, "layer_norm": 1, "l2": 2, "rope": 3}
+OK = 0
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The module, or why there is none."""
+    try:
+        from ptq4arvg_kernels import _cpu  # type: ignore[attr-defined]
+    except ImportError as error:
+        return None, (
+            f"the compiled module ptq4arvg_kernels._cpu cannot be imported ({error}); install a wheel, or install from "
+            "source where there is a C++17 compiler"
+        )
+    wanted = os.environ.get("PTQ4ARVG_CPU_ISA")
+    if wanted and not _cpu.select(wanted):
+        usable = ", ".join(name for name, compiled, supported in _cpu.instruction_sets() if compiled and supported)
+        return None, f"PTQ4ARVG_CPU_ISA is {wanted!r}, which this machine or build does not have; usable: {usable}"
+    return _cpu, None
+
+
+_MODULE, WHY_NOT = _load()
+
+
+def module() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: this installation has none; the message says why.
+    """
+    if _MODULE is None:
+        raise RuntimeError(f"the CPU backend is not available: {WHY_NOT}")
+    return _MODULE
+
+
+def view(tensor: Tensor) -> View:
+    """What the compiled module is told of a tensor: address, dtype, sizes, strides (in elements)."""
+    return tensor.data_ptr(), _ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.stride()
+
+
+def maybe(tensor: Tensor | None) -> View | None:
+    """:func:`view` of an optional operand."""
+    return None if tensor is None else view(tensor)
+
+
+def threads() -> int:
+    """Threads a call may keep busy: torch's own number."""
+    return torch.get_num_threads()
