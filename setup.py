@@ -1,8 +1,8 @@
 """Builds the compiled backend; never imports torch, so isolated builds work and one binary serves every torch.
 
-Every kernel file is compiled once per instruction set, with that set's flags; which one runs is decided when the package
-is imported. Environment: ``CXX`` names the compiler, ``CXXFLAGS`` adds flags, ``PTQ4ARVG_NATIVE=0`` builds without
-compiled backends (the reference backend then serves everything).
+Every kernel file is compiled once per instruction set, with that set's flags; which one runs is decided when the
+package is imported. Environment: ``CXX`` names the compiler, ``CXXFLAGS`` adds flags, ``PTQ4ARVG_NATIVE=0`` builds
+without compiled backends (the reference backend then serves everything).
 """
 
 import os
@@ -18,7 +18,11 @@ CPU = "csrc/cpu"
 # Compiled once per instruction set.
 KERNELS = ("gemm", "codes", "quantize", "append", "attention", "ceiling", "table")
 # Compiled once, for the oldest processor of the platform.
-COMMON = ("csrc/bindings.cpp", *(f"{CPU}/{name}.cpp" for name in ("dispatch", "limits", "pack", "threads")))
+COMMON = (
+    "csrc/bindings.cpp",
+    "csrc/bindings_plan.cpp",
+    *(f"{CPU}/{name}.cpp" for name in ("block", "dispatch", "limits", "pack", "threads")),
+)
 FLAGS = (
     "-std=c++17",
     "-O3",

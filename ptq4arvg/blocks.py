@@ -8,6 +8,7 @@ hands codes to fc2, the projections add gate·y to the residual stream.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +28,31 @@ from ptq4arvg_kernels import (
     qkv_append,
     quantize,
 )
+from ptq4arvg_kernels.backends.cpu.plans import BlockOperands, BlockPlan, LayerPlan, NormOperands
+from ptq4arvg_kernels.registry import serving
 from ptq4arvg_kernels.tables import make_kv_table
 
-__all__ = ["QuantBlock", "QuantHead"]
+__all__ = ["QuantBlock", "QuantHead", "prepare"]
+
+
+def prepare(model: nn.Module) -> bool:
+    """Prepare every quantized layer, block and head of ``model`` for the backend that serves its device.
+
+    Weights go, layer by layer, into that backend's own order and blocks become one call each. Results, state dicts and
+    saved files stay the same. Returns whether a backend offers this; if none does, operators are called one by one.
+    """
+    served = False
+    for module in model.modules():
+        if isinstance(module, QuantBlock | QuantHead):
+            served = module.prepare() or served
+    return served
+
+
+def _norm_operands(norm: Norm, spec: Modulation | None, gate: bool = True) -> NormOperands:
+    chunks = (-1, -1, -1)
+    if spec is not None:
+        chunks = (spec.scale, spec.shift, spec.gate if gate and spec.gate is not None else -1)
+    return NormOperands(norm.kind, norm.eps, norm.weight, norm.bias, norm.scale_offset, *chunks)
 
 
 def _modulation(layer: QuantLinear, condition: Condition) -> Tensor:
@@ -108,7 +131,68 @@ class QuantBlock(nn.Module):
         self.v_zero_point: Tensor
         self.v_table: Tensor
         self.kv_group: Tensor
+        self.plan: BlockPlan | None = None
         self.refresh()
+
+    def _layers(self) -> dict[str, QuantLinear]:
+        return {"qkv": self.qkv, "proj": self.proj, "fc1": self.fc1, "fc2": self.fc2}
+
+    def prepare(self) -> bool:
+        """See :func:`prepare`."""
+        self.plan = None
+        swiglu = self.spec.activation == "swiglu"
+        ready = [layer.prepare(paired=swiglu and role == "fc1") for role, layer in self._layers().items()]
+        if self.adaln is not None:
+            ready.append(self.adaln.prepare())
+        backend = serving("block", self.qkv.call_spec(torch.float32))
+        if not all(ready) or backend is None:
+            return False
+        attention, q_norm, k_norm = self.spec.attention, self.q_norm, self.k_norm
+        operands = BlockOperands(
+            heads=attention.heads,
+            head_dim=attention.head_dim,
+            norm1=_norm_operands(self.norm1, self.spec.modulation1),
+            norm2=_norm_operands(self.norm2, self.spec.modulation2),
+            **{role: layer.packed for role, layer in self._layers().items()},  # type: ignore[arg-type]
+            activation=self.spec.activation,
+            qk_kind=attention.qk_kind,
+            qk_eps=0.0 if q_norm is None else q_norm.eps,
+            q_weight=None if q_norm is None else q_norm.weight,
+            q_bias=None if q_norm is None else q_norm.bias,
+            k_weight=None if k_norm is None else k_norm.weight,
+            k_bias=None if k_norm is None else k_norm.bias,
+            q_scale=None,
+            rope=None,
+            k_table=self.k_table,
+            v_table=self.v_table,
+            kv_group=self.kv_group,
+            softmax_scale=attention.softmax_scale,
+        )
+        self.plan = backend.implementations["block"](operands)
+        return True
+
+    def planned(self, dtype: torch.dtype) -> bool:
+        """Whether what :meth:`prepare` made serves the next call: same operands, same backend."""
+        if self.plan is None or torch.compiler.is_compiling():
+            return False
+        known = self.plan.operands
+        pairs: list[tuple[Any, Any]] = [(layer.packed, getattr(known, role)) for role, layer in self._layers().items()]
+        pairs += [(self.k_table, known.k_table), (self.v_table, known.v_table), (self.kv_group, known.kv_group)]
+        for norm, kept in ((self.norm1, known.norm1), (self.norm2, known.norm2)):
+            pairs += [(norm.weight, kept.weight), (norm.bias, kept.bias)]
+            if norm.scale_offset != kept.scale_offset:
+                return False
+        if any(mine is not planned for mine, planned in pairs):
+            return False
+        return serving("block", self.qkv.call_spec(dtype)) is not None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantBlock:
+        self.plan = None
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"plan": None}
 
     def refresh(self) -> None:
         """Derive the key and value tables from the saved parameters.
@@ -147,7 +231,14 @@ class QuantBlock(nn.Module):
         if self.adaln is not None and condition is not None:
             modulation, rows = _modulation(self.adaln, condition), condition.rows
         stream = x.reshape(batch * length, width)
-
+        if self.plan is not None and self.planned(x.dtype):
+            ends = window.visible_end.contiguous()
+            cond = None if rows is None else rows.contiguous()
+            operands = (stream.contiguous(), positions.contiguous(), ends, window.span, modulation, cond)
+            planned = self.plan(*operands, cache.k, cache.v)
+            if planned is not None:
+                return planned.view(batch, length, width)
+        # One operator at a time; after a plan that refused its input, these say what is wrong.
         codes, sums = _norm_codes(
             stream, self.norm1, self.spec.modulation1, modulation, rows, self.qkv.table, positions
         )
@@ -216,6 +307,34 @@ class QuantHead(nn.Module):
         super().__init__()
         self.spec = spec
         self.norm, self.adaln, self.linear = norm, adaln, linear
+        self.plan: LayerPlan | None = None
+
+    def prepare(self) -> bool:
+        """See :func:`prepare`."""
+        self.plan = None
+        ready = self.linear.prepare() and (self.adaln is None or self.adaln.prepare())
+        backend = serving("layer", self.linear.call_spec(torch.float32))
+        if not ready or backend is None:
+            return False
+        norm = _norm_operands(self.norm, self.spec.modulation, gate=False)
+        self.plan = backend.implementations["layer"](self.linear.packed, "none", norm)
+        return True
+
+    def planned(self, dtype: torch.dtype) -> bool:
+        """Whether what :meth:`prepare` made serves the next call: same operands, same backend."""
+        plan, norm = self.plan, self.norm
+        if plan is None or plan.norm is None or plan.layer is not self.linear.packed or not self.linear.planned(dtype):
+            return False
+        same = plan.norm.weight is norm.weight and plan.norm.bias is norm.bias
+        return same and plan.norm.scale_offset == norm.scale_offset
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantHead:
+        self.plan = None
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"plan": None}
 
     def forward(self, x: Tensor, condition: Condition | None, positions: Tensor) -> Tensor:
         """Logits ``[B, P, V]`` of x ``[B, P, D]``."""
@@ -223,8 +342,14 @@ class QuantHead(nn.Module):
         modulation = rows = None
         if self.adaln is not None and condition is not None:
             modulation, rows = _modulation(self.adaln, condition), condition.rows
+        stream = x.reshape(batch * length, width)
+        if self.plan is not None and self.planned(x.dtype):
+            cond = None if rows is None else rows.contiguous()
+            planned = self.plan(stream.contiguous(), positions.contiguous(), modulation, cond)
+            if planned is not None:
+                return planned.view(batch, length, -1)
         codes, sums = _norm_codes(
-            x.reshape(batch * length, width),
+            stream,
             self.norm,
             self.spec.modulation,
             modulation,

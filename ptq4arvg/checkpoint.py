@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ptq4arvg.blocks import QuantBlock
+from ptq4arvg.blocks import QuantBlock, prepare
 from ptq4arvg.calibration.stwq import kv_groups
 from ptq4arvg.errors import CheckpointError
 from ptq4arvg.linear import QuantLinear
@@ -226,6 +226,7 @@ def _restore(header: dict[str, Any], path: str | os.PathLike[str]) -> Any:
         )
     beside = ("layers", "norms", "packing_version", "sha256")
     model.quantization = {key: value for key, value in header.items() if key not in beside}
+    prepare(model)
     return model.eval().requires_grad_(False)
 
 

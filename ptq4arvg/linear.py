@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias, cast, get_args
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ptq4arvg_kernels import linear, quantize
+from ptq4arvg_kernels.backends.cpu.plans import LayerPlan, PackedLayer
 from ptq4arvg_kernels.ops import Activation
 from ptq4arvg_kernels.packing import column_sums, pack, packed_row_bytes, unpack
+from ptq4arvg_kernels.registry import OpSpec, serving
 from ptq4arvg_kernels.tables import make_table
 
 __all__ = ["QuantLinear"]
@@ -74,6 +77,82 @@ class QuantLinear(nn.Module):
         self.group_of_position: Tensor
         self.table: Tensor
         self.col_sums: Tensor
+        self.packed: PackedLayer | None = None
+        self.plan: LayerPlan | None = None
+
+    # --- weights in a backend's own order -----------------------------------------------------------------------------
+
+    def prepare(self, paired: bool = False) -> bool:
+        """Keep the weights in the order of the backend that serves this device, if it has one; says whether it does.
+
+        From then on the buffer ``qweight`` is gone, and reading the attribute makes the stored form again, a copy.
+        Saving, moving to a device and loading a state dict see to it by themselves. Results do not change.
+
+        Args:
+            paired: the rows are ``[w1; w3]`` of a SwiGLU block.
+        """
+        if self.packed is not None and self.packed.paired == paired:
+            return True
+        self.restore()
+        backend = serving("weights", self.call_spec(torch.float32))
+        if backend is None:
+            return False
+        self.packed = backend.implementations["weights"](
+            self.qweight, self.w_bits, self.in_features, self.w_scale, self.col_sums, self.bias, self.table, paired
+        )
+        self.plan = None if paired else backend.implementations["layer"](self.packed, self.activation)
+        del self.qweight
+        return True
+
+    def restore(self) -> None:
+        """Undo :meth:`prepare`: ``qweight`` as stored, bit for bit."""
+        packed = self.packed
+        if packed is not None:
+            self.packed = self.plan = None
+            self.register_buffer("qweight", packed.qweight())
+
+    def __getattr__(self, name: str) -> Any:
+        packed: PackedLayer | None = self.__dict__.get("packed")
+        if name == "qweight" and packed is not None:
+            return packed.qweight()
+        return super().__getattr__(name)
+
+    def planned(self, dtype: torch.dtype) -> bool:
+        """Whether what :meth:`prepare` made serves the next call: same operands, same backend."""
+        packed = self.packed
+        if packed is None or torch.compiler.is_compiling():
+            return False
+        same = packed.w_scale is self.w_scale and packed.bias is self.bias and packed.table is self.table
+        return same and packed.col_sums is self.col_sums and serving("layer", self.call_spec(dtype)) is not None
+
+    def call_spec(self, dtype: torch.dtype) -> OpSpec:
+        """What a backend is asked whether it serves."""
+        sizes = (self.in_features, self.out_features, self.w_bits)
+        return OpSpec(self.w_scale.device, dtype, 1, *sizes)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        self.restore()
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            destination[f"{prefix}qweight"] = self.qweight
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles hold the weights as stored: a plan holds addresses.
+        state = self.__dict__.copy()
+        if self.packed is not None:
+            state["_buffers"] = self._buffers | {"qweight": self.qweight}
+            state["packed"] = state["plan"] = None
+        return state
+
+    # --- construction -------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_codes(
@@ -126,6 +205,7 @@ class QuantLinear(nn.Module):
             raise ValueError(f"w_scale holds {wrong}; expected {self.out_features} finite positive numbers")
         if self.bias is not None and not bool(torch.isfinite(self.bias).all()):
             raise ValueError(f"bias holds {float(self.bias[~torch.isfinite(self.bias)][0])}; it must be finite")
+        self.restore()
         self.table = make_table(self.delta, self.zero_point, self.act_bits, self.group_of_position.long())
         self.col_sums = column_sums(unpack(self.qweight, self.w_bits, self.in_features))
         return self
@@ -161,6 +241,11 @@ class QuantLinear(nn.Module):
                 )
             positions = torch.zeros(1, dtype=torch.int64, device=x.device)
         rows = x.reshape(-1, self.in_features)
+        if self.plan is not None and self.planned(x.dtype):
+            planned = self.plan(rows.contiguous(), positions.contiguous())
+            if planned is not None:
+                return planned.view(*x.shape[:-1], self.out_features)
+        # One operator at a time; after a plan that refused its input, these say what is wrong.
         codes, row_sums = quantize(rows, self.table, positions, self.activation)
         y = linear(*self.operands(codes, row_sums, positions), "none", x.dtype)
         return y.view(*x.shape[:-1], self.out_features)

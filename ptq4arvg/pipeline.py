@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq4arvg.blocks import QuantBlock, QuantHead
+from ptq4arvg.blocks import QuantBlock, QuantHead, prepare
 from ptq4arvg.calibration.dgc import select
 from ptq4arvg.calibration.gps import ChannelScale, channel_shift, gps_scale
 from ptq4arvg.calibration.gptq import compensated_rows
@@ -164,6 +164,7 @@ def quantize(
         "calibration": {"seed": seed, "sequences": len(sequences), "dgc": None if chosen is None else chosen.report()},
         "scaling": scales,
     }
+    prepare(result)
     tell(1.0, "done")
     return result
 

@@ -182,6 +182,26 @@ def doctor() -> list[BackendStatus]:
     return report
 
 
+def serving(op: str, spec: OpSpec) -> Backend | None:
+    """The backend that serves a call if it is the one the operators would use, else None; never raises.
+
+    For plans (``"layer"``, ``"block"``), which bundle several operators: only the requested backend, or without a
+    request the most preferred one that serves the device, may offer one. Callers without a plan use the operators,
+    which enforce ``strict``.
+    """
+    request = _REQUEST.get()
+    candidates = backends() if request is None else [_find(request.name)]
+    for backend in candidates:
+        if backend.why_not("linear", spec) is not None:
+            continue
+        reason = backend.why_not(op, spec)
+        if reason is None:
+            return backend
+        _log_once(logging.INFO, op, backend.name, f"one operator at a time: {reason}")
+        return None
+    return None
+
+
 def _log_once(level: int, op: str, backend: str, reason: str) -> None:
     key = (op, backend, reason)
     if key not in _LOGGED:

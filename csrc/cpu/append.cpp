@@ -161,7 +161,7 @@ Status qkv_append(const AppendArgs& args, int threads) {
     const Append append(args);
     const int64_t rows = append.rows();
     if (rows == 0 || args.heads == 0) return Status::ok;
-    if (rows * args.heads * args.head_dim < SERIAL_VALUES / 2) threads = 1;
+    if (rows * args.heads * args.head_dim < SERIAL_VALUES) threads = 1;
     int8_t* k_codes = static_cast<int8_t*>(call_scratch(2 * append.code_bytes()));
     int8_t* v_codes = k_codes + append.code_bytes();
     Flag not_finite;

@@ -9,7 +9,7 @@
 // partial sums, the sum of p too (one per slot modulo 16), and the output is added up slot by slot. GROUP queries share
 // the conversion of keys and values; a slot which only others of the group see has weight 0 for a query, and adding 0
 // times a number changes nothing.
-#include "math.h"
+#include "activation.h"
 #include "row_math.h"
 #include "rows.h"
 #include "threads.h"

@@ -23,12 +23,13 @@ volatile int32_t sink;
 #if defined(PTQ_ISA_AVX512VNNI)
 int64_t loop(int /*bits*/, int /*act_bits*/) {
     __m512i sum[24], w = _mm512_set1_epi8(3), q = _mm512_set1_epi8(-2);
-    for (__m512i& s : sum) s = _mm512_setzero_si512();
-    for (int i = 0; i < ROUNDS; ++i) {
-        asm volatile("" : "+v"(w), "+v"(q));
 #pragma GCC unroll 24
-        for (__m512i& s : sum) s = _mm512_dpbusd_epi32(s, w, q);
+    for (int j = 0; j < 24; ++j) sum[j] = _mm512_setzero_si512();
+    for (int i = 0; i < ROUNDS; ++i) {
+#pragma GCC unroll 24
+        for (int j = 0; j < 24; ++j) asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum[j]) : "v"(w), "v"(q));
     }
+#pragma GCC unroll 24
     for (int i = 1; i < 24; ++i) sum[0] = _mm512_add_epi32(sum[0], sum[i]);
     sink = _mm512_reduce_add_epi32(sum[0]);
     return int64_t{ROUNDS} * 24 * 128;
@@ -37,14 +38,16 @@ int64_t loop(int /*bits*/, int /*act_bits*/) {
 template <typename Step>
 int64_t repeat(int64_t operations, const Step& step) {
     __m256i sum[8], w = _mm256_set1_epi8(3), q = _mm256_set1_epi8(-2);
-    for (__m256i& s : sum) s = _mm256_setzero_si256();
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) sum[j] = _mm256_setzero_si256();
     for (int i = 0; i < ROUNDS; ++i) {
 #pragma GCC unroll 8
-        for (__m256i& s : sum) {
+        for (int j = 0; j < 8; ++j) {
             asm volatile("" : "+x"(w), "+x"(q));
-            step(s, w, q, i);
+            step(sum[j], w, q);
         }
     }
+#pragma GCC unroll 8
     for (int i = 1; i < 8; ++i) sum[0] = _mm256_add_epi32(sum[0], sum[i]);
     sink = _mm256_extract_epi32(sum[0], 0);
     return ROUNDS * 8 * operations;
@@ -53,7 +56,7 @@ int64_t repeat(int64_t operations, const Step& step) {
 // SUMS `vpmaddubsw` added in 16 bits, then widened: the least a 6-bit weight needs.
 template <int SUMS>
 int64_t repeat6() {
-    return repeat(SUMS * 64, [](__m256i& s, __m256i& w, __m256i& q, int) {
+    return repeat(SUMS * 64, [](__m256i& s, __m256i& w, __m256i& q) {
         __m256i narrow = _mm256_maddubs_epi16(w, q);
 #pragma GCC unroll 8
         for (int i = 1; i < SUMS; ++i) {
@@ -66,8 +69,7 @@ int64_t repeat6() {
 
 int64_t loop(int bits, int act_bits) {
     if (bits == 6) return act_bits == 6 ? repeat6<8>() : repeat6<2>();
-    return repeat(32,
-                  [](__m256i& s, __m256i& w, __m256i& q, int) { s = _mm256_add_epi32(s, _mm256_madd_epi16(w, q)); });
+    return repeat(32, [](__m256i& s, __m256i& w, __m256i& q) { s = _mm256_add_epi32(s, _mm256_madd_epi16(w, q)); });
 }
 #else
 int64_t loop(int /*bits*/, int /*act_bits*/) {

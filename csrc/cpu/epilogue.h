@@ -11,7 +11,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "math.h"
+#include "activation.h"
 #include "rowio.h"
 
 namespace ptq::PTQ_NS {

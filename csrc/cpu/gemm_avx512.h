@@ -32,6 +32,16 @@ inline void convert_row(const int8_t* codes, int64_t in_features, int64_t padded
 // Distance of the software prefetch of a direct product, in bytes: the hardware prefetcher stops at page borders.
 constexpr int64_t PREFETCH_AHEAD = 1536;
 
+// sum += products of w and q. In assembly because GCC 12 copies and spills accumulators around the intrinsic.
+inline void multiply_add(__m512i& sum, __m512i w, __m512i q) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(q));
+}
+// The same with four activations broadcast from memory to all lanes.
+inline void multiply_add(__m512i& sum, __m512i w, const int8_t* q) {
+    using Four [[gnu::may_alias, gnu::aligned(1)]] = int32_t;
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const Four*>(q)));
+}
+
 struct Block {
     __m512i w[4];
 };
@@ -60,7 +70,9 @@ void direct_rows(const int8_t* a, int64_t stride, const uint8_t* panel, int64_t 
                  int64_t acc_stride) {
     constexpr int SETS = ROWS <= 6 ? 4 : 2;
     __m512i sum[ROWS][SETS];
+#pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
         for (int s = 0; s < SETS; ++s) sum[r][s] = _mm512_setzero_si512();
     }
     for (int64_t k = 0; k < padded; k += BLOCK, panel += BITS == 6 ? 192 : 256) {
@@ -72,11 +84,11 @@ void direct_rows(const int8_t* a, int64_t stride, const uint8_t* panel, int64_t 
         for (int g = 0; g < 4; ++g) {
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; ++r) {
-                sum[r][g % SETS] =
-                    _mm512_dpbusd_epi32(sum[r][g % SETS], block.w[g], broadcast4(a + r * stride + k + 4 * g));
+                multiply_add(sum[r][g % SETS], block.w[g], a + r * stride + k + 4 * g);
             }
         }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
         __m512i total = _mm512_add_epi32(sum[r][0], sum[r][1]);
         if (SETS == 4) total = _mm512_add_epi32(total, _mm512_add_epi32(sum[r][2], sum[r][SETS - 1]));
@@ -89,7 +101,9 @@ template <int PANELS, int ROWS>
 void tile_rows(const int8_t* a, int64_t stride, const uint8_t* w, int64_t padded, int32_t* acc, int64_t acc_stride,
                const Prefetch& prefetch) {
     __m512i sum[ROWS][PANELS];
+#pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
         for (int p = 0; p < PANELS; ++p) sum[r][p] = _mm512_setzero_si512();
     }
     const char* ahead = prefetch.next;
@@ -104,11 +118,13 @@ void tile_rows(const int8_t* a, int64_t stride, const uint8_t* w, int64_t padded
             for (int r = 0; r < ROWS; ++r) {
                 const __m512i activation = broadcast4(a + r * stride + k + 4 * g);
 #pragma GCC unroll 4
-                for (int p = 0; p < PANELS; ++p) sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], weight[p], activation);
+                for (int p = 0; p < PANELS; ++p) multiply_add(sum[r][p], weight[p], activation);
             }
         }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
         for (int p = 0; p < PANELS; ++p) _mm512_storeu_si512(acc + r * acc_stride + 16 * p, sum[r][p]);
     }
 }
@@ -134,8 +150,9 @@ inline void direct(int rows, int bits, int /*act_bits*/, const int8_t* a, int64_
                    int64_t padded, int32_t* acc, int64_t acc_stride) {
     switch (rows) {
         PTQ_ROWS(1)
-        PTQ_ROWS(2) PTQ_ROWS(3) PTQ_ROWS(4) PTQ_ROWS(5) PTQ_ROWS(6) PTQ_ROWS(7) PTQ_ROWS(8) PTQ_ROWS(9) PTQ_ROWS(10)
-            PTQ_ROWS(11) PTQ_ROWS(12)
+        PTQ_ROWS(2)
+        PTQ_ROWS(3) PTQ_ROWS(4) PTQ_ROWS(5) PTQ_ROWS(6) PTQ_ROWS(7) PTQ_ROWS(8) PTQ_ROWS(9) PTQ_ROWS(10) PTQ_ROWS(11)
+            PTQ_ROWS(12)
     }
 }
 #undef PTQ_ROWS

@@ -1,5 +1,5 @@
 // quantize and adaln_quant: one row at a time, from first-level cache after its first reading.
-#include "math.h"
+#include "activation.h"
 #include "row_math.h"
 #include "rows.h"
 #include "threads.h"

@@ -160,6 +160,11 @@ void* call_scratch(int64_t bytes) {
     return scratch.at_least(bytes);
 }
 
+void* block_scratch(int64_t bytes) {
+    static thread_local Scratch scratch;
+    return scratch.at_least(bytes);
+}
+
 const char* thread_team() {
     return use_gomp && gomp() ? "GOMP" : "std::thread";
 }

@@ -24,10 +24,12 @@ void parallel(int threads, int64_t tasks, const Function& function) {
 }
 
 // 64-byte aligned memory of this thread. Each kind is one buffer, reused by later calls, which invalidates what an
-// earlier one returned: the first for the body of a task, the second for a kernel around its parallel loops. They grow
-// and are never handed back: after warm-up nothing is allocated. Throws std::bad_alloc.
+// earlier one returned: the first for the body of a task, the second for a kernel around its parallel loops, the third
+// for a block around its kernels. They grow and are never handed back: after warm-up nothing is allocated. They throw
+// std::bad_alloc.
 void* thread_scratch(int64_t bytes);
 void* call_scratch(int64_t bytes);
+void* block_scratch(int64_t bytes);
 
 // What runs the loops: "GOMP" (the OpenMP runtime that torch loaded) or "std::thread", where there is none. Tests
 // choose with set_thread_team, which returns false for a team that does not exist here.

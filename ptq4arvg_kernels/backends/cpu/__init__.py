@@ -5,7 +5,7 @@ of threads, which follows ``torch.get_num_threads()``.
 """
 
 from ...registry import Backend, OpSpec
-from . import native, operators
+from . import native, operators, plans
 
 
 class CpuBackend(Backend):
@@ -22,7 +22,11 @@ class CpuBackend(Backend):
             "qkv_append",
             "attention",
         )
-        super().__init__("cpu", {name: getattr(operators, name) for name in names})
+        super().__init__(
+            "cpu",
+            {name: getattr(operators, name) for name in names}
+            | {"layer": plans.LayerPlan, "block": plans.BlockPlan, "weights": plans.PackedLayer},
+        )
 
     def unavailable(self) -> str | None:
         return native.WHY_NOT

@@ -1,7 +1,7 @@
 """The compiled module, if this installation has it, and how tensors are handed to it.
 
-Environment: ``PTQ4ARVG_CPU_ISA`` names an instruction set (``avx512vnni``, ``avx2``, ``portable``) to use instead of the
-best one of the machine.
+Environment: ``PTQ4ARVG_CPU_ISA`` names an instruction set (``avx512vnni``, ``avx2``, ``portable``) to use instead of
+the best one of the machine.
 """
 
 from __future__ import annotations

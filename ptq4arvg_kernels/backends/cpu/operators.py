@@ -24,7 +24,7 @@ SWIGLU = -1  # in place of an activation
 def _explain(op: Callable[..., Any], *args: Any) -> NoReturn:
     op(*args)
     raise RuntimeError(
-        f"{op.__name__}: the CPU kernels refused operands in which the reference finds nothing wrong; please report this"
+        f"{op.__name__}: the CPU kernels refused operands in which the reference finds nothing wrong; please report it"
     )
 
 
@@ -91,10 +91,10 @@ def _operands(
     bias: Tensor | None,
     table: Tensor,
     positions: Tensor,
-    paired: bool = False,
+    activation: int = ACTIVATIONS["none"],
 ) -> tuple[Any, ...] | None:
     """The leading arguments of the compiled linear functions, or None if the weights are corrupt."""
-    panels = panels_of(qweight, w_bits, in_features, paired)
+    panels = panels_of(qweight, w_bits, in_features, paired=activation == SWIGLU)
     if panels is None:
         return None
     return (
@@ -124,10 +124,9 @@ def linear(*args: Any) -> Tensor:
 
 
 def _quantizing(layer: list[Any], activation: int, out_table: Tensor) -> tuple[Tensor, Tensor] | None:
-    paired = activation == SWIGLU
-    operands = _operands(*layer, paired=paired)
+    operands = _operands(*layer, activation)
     codes, _, qweight, *_ = layer
-    out, sums = _codes(codes.shape[0], qweight.shape[0] // (2 if paired else 1))
+    out, sums = _codes(codes.shape[0], qweight.shape[0] // (2 if activation == SWIGLU else 1))
     if operands is None:
         return None
     status = native.module().linear_quant(*operands, activation, view(out_table), view(out), view(sums), threads())

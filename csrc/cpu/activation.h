@@ -1,4 +1,4 @@
-// exp and the activations on 16 lanes: no tables, no library calls, the same bits on every instruction set. NaN stays
+// exp and the activations on 16 lanes: no tables, no library calls, the same bits on every instruction set. NaN stays NaN.
 // NaN. Include as "math.h" only: this folder must not be searched for <math.h>.
 #pragma once
 

@@ -1,0 +1,222 @@
+"""Layers and blocks prepared once, so that a decode step makes one call per block and allocates nothing.
+
+A plan owns its weights in the kernels' order (csrc/cpu/pack.h) and keeps every other operand alive; the operands must
+not be written to while the plan is in use. A call checks what it brings and returns False for bad data (a position
+outside a table, a NaN), with nothing of the output defined; the operators, given the same, say what is wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+from .native import ACTIVATIONS, NORMS, OK, QK_KINDS, View, maybe, threads, view
+from .operators import SWIGLU
+from .weights import pack_panels, unpack_panels
+
+
+@dataclass(frozen=True)
+class NormOperands:
+    """A norm, and which chunks of the modulation it reads (-1: none).
+
+    ``scale_offset`` and the affine vectors as in :func:`ptq4arvg_kernels.adaln_quant`; ``gate`` is the chunk that
+    multiplies the result of what the norm feeds, in a block.
+    """
+
+    kind: str
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+    scale_offset: float
+    scale: int = -1
+    shift: int = -1
+    gate: int = -1
+
+    def native(self) -> dict[str, Any]:
+        return {
+            "kind": NORMS[self.kind],
+            "eps": self.eps,
+            "weight": _dense(self.weight),
+            "bias": _dense(self.bias),
+            "offset": self.scale_offset,
+            "scale": self.scale,
+            "shift": self.shift,
+            "gate": self.gate,
+        }
+
+
+def _dense(tensor: Tensor | None) -> View | None:
+    if tensor is not None and not tensor.is_contiguous():
+        raise ValueError("an operand of a plan is not contiguous; pass tensor.contiguous() and keep it")
+    return maybe(tensor)
+
+
+class PackedLayer:
+    """Weights of one linear layer in the kernels' order, with its other operands.
+
+    Args:
+        qweight: uint8 ``[N, row bytes]`` as stored; not kept.
+        w_bits, in_features, w_scale, col_sums, bias, table: as in :func:`ptq4arvg_kernels.linear`.
+        paired: rows are ``[w1; w3]`` of a SwiGLU layer.
+
+    Raises:
+        ValueError: the stored weights are corrupt, or an operand does not fit.
+    """
+
+    def __init__(
+        self,
+        qweight: Tensor,
+        w_bits: int,
+        in_features: int,
+        w_scale: Tensor,
+        col_sums: Tensor,
+        bias: Tensor | None,
+        table: Tensor,
+        paired: bool = False,
+    ) -> None:
+        self.w_bits, self.in_features, self.out_features, self.paired = w_bits, in_features, len(qweight), paired
+        panels = pack_panels(qweight.contiguous(), w_bits, in_features, paired)
+        if panels is None:
+            raise ValueError(
+                "the packed weights hold a byte that no weight has; the data is corrupt (a truncated file?): load again"
+            )
+        self.panels = panels
+        self.w_scale, self.col_sums, self.bias, self.table = w_scale, col_sums, bias, table
+
+    def native(self) -> dict[str, Any]:
+        return {
+            "panels": view(self.panels),
+            "bits": self.w_bits,
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "paired": self.paired,
+            "w_scale": _dense(self.w_scale),
+            "col_sums": _dense(self.col_sums),
+            "bias": _dense(self.bias),
+            "table": _dense(self.table),
+        }
+
+    def qweight(self) -> Tensor:
+        """The weights as stored, uint8 ``[N, row bytes]``, bit for bit."""
+        return unpack_panels(self.panels, self.out_features, self.w_bits, self.in_features, self.paired)
+
+
+class LayerPlan:
+    """A linear layer on floating-point rows: norm and modulation, or an activation; codes; products. One call.
+
+    Args:
+        layer: its weights.
+        activation: applied before quantization when there is no norm.
+        norm: the norm in front of it, or None.
+    """
+
+    def __init__(self, layer: PackedLayer, activation: str = "none", norm: NormOperands | None = None) -> None:
+        self.layer, self.norm = layer, norm  # kept alive: the native plan holds addresses
+        operands = layer.native() | {"activation": ACTIVATIONS[activation]}
+        operands["norm"] = None if norm is None else norm.native()
+        self._run = native.module().Layer(operands).run
+
+    def run(self, x: View, positions: View, modulation: View | None, modulation_rows: View | None, out: View) -> bool:
+        """``out [M, N] = layer(x [M, K])``, all as views; False for bad data."""
+        return bool(self._run(x, positions, modulation, modulation_rows, out, threads()) == OK)
+
+    def __call__(
+        self, x: Tensor, positions: Tensor, modulation: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor | None:
+        """:meth:`run` on tensors, with a new output of x's dtype; None for bad data."""
+        out = x.new_empty(x.shape[0], self.layer.out_features)
+        good = self.run(view(x), view(positions), maybe(modulation), maybe(rows), view(out))
+        return out if good else None
+
+
+@dataclass(frozen=True)
+class BlockOperands:
+    """A transformer block: everything a call does not bring.
+
+    ``activation`` is one of the operators' or ``"swiglu"`` (fc1 then paired). Vectors of q and k as in
+    :func:`ptq4arvg_kernels.qkv_append`.
+    """
+
+    heads: int
+    head_dim: int
+    norm1: NormOperands
+    norm2: NormOperands
+    qkv: PackedLayer
+    proj: PackedLayer
+    fc1: PackedLayer
+    fc2: PackedLayer
+    activation: str
+    qk_kind: str
+    qk_eps: float
+    q_weight: Tensor | None
+    q_bias: Tensor | None
+    k_weight: Tensor | None
+    k_bias: Tensor | None
+    q_scale: Tensor | None
+    rope: Tensor | None
+    k_table: Tensor
+    v_table: Tensor
+    kv_group: Tensor
+    softmax_scale: float
+
+
+class BlockPlan:
+    """A transformer block in one call (csrc/cpu/block.cpp).
+
+    Raises:
+        ValueError: operands that do not fit each other, or table rows outside the law.
+    """
+
+    def __init__(self, operands: BlockOperands) -> None:
+        self.operands = operands  # kept alive: the native plan holds addresses
+        o = operands
+        vectors = ("q_weight", "q_bias", "k_weight", "k_bias", "q_scale", "rope", "k_table", "v_table", "kv_group")
+        plan: dict[str, Any] = {name: _dense(getattr(o, name)) for name in vectors}
+        plan |= {name: getattr(o, name).native() for name in ("norm1", "norm2", "qkv", "proj", "fc1", "fc2")}
+        plan |= {
+            "heads": o.heads,
+            "head_dim": o.head_dim,
+            "activation": SWIGLU if o.activation == "swiglu" else ACTIVATIONS[o.activation],
+            "qk_kind": QK_KINDS[o.qk_kind],
+            "qk_eps": o.qk_eps,
+            "softmax_scale": o.softmax_scale,
+        }
+        self._run = native.module().Block(plan).run
+
+    def run(
+        self,
+        x: View,
+        positions: View,
+        visible_end: View,
+        span: int,
+        modulation: View | None,
+        modulation_rows: View | None,
+        k_cache: View,
+        v_cache: View,
+        out: View,
+    ) -> bool:
+        """``out = block(x)``, rows ``[M, D]`` of one dtype, all as views; out may be x itself. False for bad data."""
+        status = self._run(
+            x, positions, visible_end, span, modulation, modulation_rows, k_cache, v_cache, out, threads()
+        )
+        return bool(status == OK)
+
+    def __call__(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        visible_end: Tensor,
+        span: int,
+        modulation: Tensor | None,
+        modulation_rows: Tensor | None,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor | None:
+        """:meth:`run` on tensors, with a new output; None for bad data."""
+        out = torch.empty_like(x)
+        operands = (view(x), view(positions), view(visible_end), span, maybe(modulation), maybe(modulation_rows))
+        return out if self.run(*operands, view(k_cache), view(v_cache), view(out)) else None
