@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptq4arvg.decode import Decoder, can_decode
+from ptq4arvg.models.sampling import GuidedSampler
 from ptq4arvg.nn import AttentionTaps, Condition, KVCache, Linear, Norm, Window, attend
 from ptq4arvg.protocol import (
     AttentionSpec,
@@ -393,22 +395,45 @@ class RAR(nn.Module):
         device = self.cls_token.device
         classes = classes.to(device)
         batch = len(classes)
-        uniform = torch.rand(
-            self.config.tokens, batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-        ).to(device)
+        sampler = GuidedSampler(batch, self.config.codebook, self.config.tokens, seed, device)
         both = torch.cat([classes, torch.full_like(classes, self.config.none_class)])
         caches = self.new_caches(2 * batch) if cached else None
-        tokens = classes.new_empty(batch, 0)
+        decoder = None if caches is None else self._decoder(both, caches)
+        tokens = classes.new_empty(batch, self.config.tokens)
         for step in range(self.config.tokens):
             start = step + 1 if cached and step else 0
-            window = self.window(start, step + PREFIX - start)
-            logits = self.step(both, tokens.repeat(2, 1), window, caches)[:, -1].float()
-            probabilities = self.guided(logits[:batch], logits[batch:], step).double().softmax(-1)
-            drawn = torch.searchsorted(probabilities.cumsum(-1), uniform[step][:, None], right=True)
-            tokens = torch.cat([tokens, drawn.clamp_max(self.config.codebook - 1)], 1)
+            if decoder is not None and step:
+                # One position, in buffers of the decoder; the same numbers as below.
+                self._embed_token(decoder.x, tokens[:, step - 1], start)
+                logits = decoder.step(start)
+            else:
+                window = self.window(start, step + PREFIX - start)
+                logits = self.step(both, tokens[:, :step].repeat(2, 1), window, caches)[:, -1].float()
+            tokens[:, step] = sampler.draw(logits, step, self.guidance_weight(step), self.config.temperature)
             if progress is not None:
                 progress(step)
         return tokens
+
+    def _decoder(self, classes: Tensor, caches: list[Any]) -> Decoder | None:
+        """A decoder for rows of these classes, if the model is prepared for one; else steps go block by block."""
+        blocks: list[Any] = list(self.blocks)
+        head: Any = self.fused_head
+        if self.cls_token.dtype != torch.float32 or not can_decode(blocks, head):
+            return None
+        distinct, index = classes.unique(return_inverse=True)
+        classes_embedded = self.embeddings(self._class_ids(distinct))[:, None]
+
+        def conditions(out: Tensor, first: int) -> None:
+            torch.add(classes_embedded, self.timesteps_embeddings[0, first : first + out.shape[1]], out=out)
+
+        return Decoder(blocks, head, caches, self.config.dim, index, self.sequence_length, conditions)
+
+    def _embed_token(self, out: Tensor, tokens: Tensor, position: int) -> None:
+        """:meth:`embed` of one position in raster order: the same token for both branches, out ``[2 B, D]``."""
+        half = out[: len(tokens)]
+        torch.index_select(self.embeddings.weight, 0, tokens, out=half)
+        half.add_(self.pos_embed[0, position]).add_(self.target_aware_pos_embed[0, position + 1])
+        out[len(tokens) :] = half
 
     # --- protocol for calibration -------------------------------------------------------------------------------------
 

@@ -1,11 +1,13 @@
 """The compiled module, if this installation has it, and how tensors are handed to it.
 
 Environment: ``PTQ4ARVG_CPU_ISA`` names an instruction set (``avx512vnni``, ``avx2``, ``portable``) to use instead of
-the best one of the machine.
+the best one of the machine. ``PTQ4ARVG_CPU_MODULE`` is the path of a compiled module to load instead of the installed
+one, such as a build for sanitizers.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from types import ModuleType
 from typing import TypeAlias
@@ -31,11 +33,31 @@ QK_KINDS = {"none": 0, "layer_norm": 1, "l2": 2, "rope": 3}
 OK = 0
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+def load(path: str | None = None) -> ModuleType:
+    """The compiled module of this installation, or of the file ``path``.
+
+    Raises:
+        ImportError: there is none, or it does not fit this Python.
+    """
+    name = "ptq4arvg_kernels._cpu"
+    if path is None:
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a compiled module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _choose() -> tuple[ModuleType | None, str | None]:
     """The module, or why there is none."""
+    path = os.environ.get("PTQ4ARVG_CPU_MODULE")
     try:
-        from ptq4arvg_kernels import _cpu  # type: ignore[attr-defined]
+        _cpu = load(path)
     except ImportError as error:
+        if path:
+            return None, f"PTQ4ARVG_CPU_MODULE is {path!r}, which cannot be imported ({error})"
         return None, (
             f"the compiled module ptq4arvg_kernels._cpu cannot be imported ({error}); install a wheel, or install from "
             "source where there is a C++17 compiler"
@@ -47,7 +69,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return _cpu, None
 
 
-_MODULE, WHY_NOT = _load()
+_MODULE, WHY_NOT = _choose()
 
 
 def module() -> ModuleType:

@@ -7,7 +7,7 @@ nothing before its checks have passed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -80,20 +80,12 @@ def adaln_quant(
     return codes, sums
 
 
-def _operands(
-    codes: Tensor,
-    row_sums: Tensor,
-    qweight: Tensor,
-    w_bits: int,
-    in_features: int,
-    w_scale: Tensor,
-    col_sums: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    positions: Tensor,
-    activation: int = ACTIVATIONS["none"],
-) -> tuple[Any, ...] | None:
-    """The leading arguments of the compiled linear functions, or None if the weights are corrupt."""
+def _operands(layer: Sequence[Any], activation: int = ACTIVATIONS["none"]) -> tuple[Any, ...] | None:
+    """The leading arguments of the compiled linear functions, or None if the weights are corrupt.
+
+    ``layer``: the leading arguments of the operators, from ``codes`` to ``positions``.
+    """
+    codes, row_sums, qweight, w_bits, in_features, w_scale, col_sums, bias, table, positions = layer
     panels = panels_of(qweight, w_bits, in_features, paired=activation == SWIGLU)
     if panels is None:
         return None
@@ -116,7 +108,7 @@ def linear(*args: Any) -> Tensor:
     """See :func:`ptq4arvg_kernels.ops.linear`."""
     *layer, activation, out_dtype = args
     codes, _, qweight, *_ = layer
-    operands = _operands(*layer)
+    operands = _operands(layer)
     out = torch.empty(codes.shape[0], qweight.shape[0], dtype=out_dtype)
     if operands is None or native.module().linear(*operands, ACTIVATIONS[activation], view(out), threads()) != OK:
         _explain(reference.linear, *args)
@@ -124,7 +116,7 @@ def linear(*args: Any) -> Tensor:
 
 
 def _quantizing(layer: list[Any], activation: int, out_table: Tensor) -> tuple[Tensor, Tensor] | None:
-    operands = _operands(*layer, activation)
+    operands = _operands(layer, activation)
     codes, _, qweight, *_ = layer
     out, sums = _codes(codes.shape[0], qweight.shape[0] // (2 if activation == SWIGLU else 1))
     if operands is None:
@@ -150,7 +142,7 @@ def linear_swiglu_quant(*args: Any) -> tuple[Tensor, Tensor]:
 def linear_gate_residual(*args: Any) -> Tensor:
     """See :func:`ptq4arvg_kernels.ops.linear_gate_residual`."""
     *layer, gate, gate_rows, residual = args
-    operands = _operands(*layer)
+    operands = _operands(layer)
     out = torch.empty_like(residual)
     if (
         operands is None
