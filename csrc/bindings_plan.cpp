@@ -18,12 +18,16 @@ class Operands {
     bool has(const char* name) const { return entries_.contains(name) && !entries_[name].is_none(); }
     View view(const char* name) const {
         if (!has(name)) throw std::invalid_argument(std::string(name) + " is missing");
-        return View(name, py::cast<py::tuple>(entries_[name]));
+        return View(name, get<py::tuple>(name));
     }
     template <typename T>
     T get(const char* name) const {
         if (!has(name)) throw std::invalid_argument(std::string(name) + " is missing");
-        return py::cast<T>(entries_[name]);
+        try {
+            return py::cast<T>(entries_[name]);
+        } catch (const py::cast_error&) {
+            throw std::invalid_argument(std::string(name) + " has the wrong type");
+        }
     }
     Operands sub(const char* name) const { return Operands(get<py::dict>(name)); }
     Vector vector(const char* name, int64_t size) const { return has(name) ? vector_of(view(name), size) : Vector{}; }

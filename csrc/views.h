@@ -44,18 +44,18 @@ class View {
   public:
     View(const char* name, const py::tuple& t) : name_(name) {
         if (t.size() != 4) fail("is not (address, dtype, sizes, strides)");
-        address_ = py::cast<uintptr_t>(t[0]);
-        const int element = py::cast<int>(t[1]);
+        address_ = entry<uintptr_t>(t[0]);
+        const int element = entry<int>(t[1]);
         if (element < 0 || element > static_cast<int>(Element::i64)) fail("has dtype code " + std::to_string(element));
         element_ = static_cast<Element>(element);
-        const py::tuple sizes = py::cast<py::tuple>(t[2]), strides = py::cast<py::tuple>(t[3]);
+        const py::tuple sizes = entry<py::tuple>(t[2]), strides = entry<py::tuple>(t[3]);
         if (sizes.size() > 4 || sizes.size() != strides.size())
             fail("has more than four dimensions, or not as many strides");
         dims_ = static_cast<int>(sizes.size());
         int64_t reach = 1;  // elements from the first to just behind the last
         for (int d = 0; d < dims_; ++d) {
-            size_[d] = py::cast<int64_t>(sizes[d]);
-            stride_[d] = py::cast<int64_t>(strides[d]);
+            size_[d] = entry<int64_t>(sizes[d]);
+            stride_[d] = entry<int64_t>(strides[d]);
             if (size_[d] < 0 || stride_[d] < 0) fail("has a negative size or stride");
             if (size_[d] == 0) empty_ = true;
             int64_t step;
@@ -115,6 +115,15 @@ class View {
     void* address() const { return reinterpret_cast<void*>(address_); }
 
   private:
+    template <typename T>
+    T entry(const py::handle& value) const {
+        try {
+            return py::cast<T>(value);
+        } catch (const py::cast_error&) {
+            fail("has an address, dtype, size or stride of the wrong type");
+        }
+    }
+
     const char* name_;
     uintptr_t address_ = 0;
     Element element_ = Element::f32;

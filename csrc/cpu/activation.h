@@ -1,5 +1,5 @@
-// exp and the activations on 16 lanes: no tables, no library calls, the same bits on every instruction set. NaN stays NaN.
-// NaN. Include as "math.h" only: this folder must not be searched for <math.h>.
+// exp and the activations on 16 lanes: no tables, no library calls, the same bits on every instruction set. NaN stays
+// NaN.
 #pragma once
 
 #include "isa.h"

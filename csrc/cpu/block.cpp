@@ -1,5 +1,7 @@
 #include "block.h"
 
+#include <stdexcept>
+
 #include "checks.h"
 #include "pack.h"
 #include "threads.h"
@@ -87,6 +89,14 @@ void add_to_stream(LinearArgs& args, const BlockNorm& norm, const BlockPlan& pla
     e.out = call.out;
 }
 
+// The products of codes that a kernel wrote. Builds for the sanitizers check that these are what the products rely on.
+Status multiply(const Kernels& kernels, const LinearArgs& args, int threads) {
+#if defined(PTQ_DEBUG)
+    if (!kernels.good_codes(args, threads)) throw std::logic_error("codes outside their grid, or sums of other codes");
+#endif
+    return kernels.linear(args, threads);
+}
+
 }  // namespace
 
 Status run_block(const Kernels& kernels, const BlockPlan& plan, const BlockCall& call, int threads) {
@@ -104,7 +114,7 @@ Status run_block(const Kernels& kernels, const BlockPlan& plan, const BlockCall&
     if (status != Status::ok) return status;
     LinearArgs qkv = linear_args(plan.qkv, call, buffers.narrow, rows);
     qkv.epilogue.out = {buffers.qkv, dtype, 3 * inner};
-    if ((status = kernels.linear(qkv, threads)) != Status::ok) return status;
+    if ((status = multiply(kernels, qkv, threads)) != Status::ok) return status;
 
     AppendArgs append{};
     append.batch = call.batch;
@@ -147,7 +157,7 @@ Status run_block(const Kernels& kernels, const BlockPlan& plan, const BlockCall&
     if ((status = kernels.quantize(quantize, threads)) != Status::ok) return status;
     LinearArgs proj = linear_args(plan.proj, call, mixed_codes, rows);
     add_to_stream(proj, plan.norm1, plan, call, call.in);
-    if ((status = kernels.linear(proj, threads)) != Status::ok) return status;
+    if ((status = multiply(kernels, proj, threads)) != Status::ok) return status;
 
     // MLP. The stream is in `out` from here on.
     const Rows stream{call.out.data, call.out.dtype, call.out.stride};
@@ -159,10 +169,10 @@ Status run_block(const Kernels& kernels, const BlockPlan& plan, const BlockCall&
     fc1.epilogue.activation = plan.activation;
     fc1.epilogue.codes = buffers.wide;
     fc1.epilogue.out_table = plan.fc2.table;
-    if ((status = kernels.linear(fc1, threads)) != Status::ok) return status;
+    if ((status = multiply(kernels, fc1, threads)) != Status::ok) return status;
     LinearArgs fc2 = linear_args(plan.fc2, call, buffers.wide, rows);
     add_to_stream(fc2, plan.norm2, plan, call, stream);
-    return kernels.linear(fc2, threads);
+    return multiply(kernels, fc2, threads);
 }
 
 Status run_layer(const Kernels& kernels, const BlockLayer& layer, const BlockNorm* norm, Activation activation,
@@ -185,7 +195,7 @@ Status run_layer(const Kernels& kernels, const BlockLayer& layer, const BlockNor
     if (status != Status::ok) return status;
     LinearArgs args = linear_args(layer, call, codes, rows);
     args.epilogue.out = call.out;
-    return kernels.linear(args, threads);
+    return multiply(kernels, args, threads);
 }
 
 }  // namespace ptq

@@ -9,7 +9,11 @@
 namespace ptq::PTQ_NS {
 namespace {
 
+#if defined(PTQ_EMULATE_AVX512)
+constexpr int ROUNDS = 20;
+#else
 constexpr int ROUNDS = 20000;
+#endif
 
 double seconds() {
     timespec t;
@@ -27,7 +31,13 @@ int64_t loop(int /*bits*/, int /*act_bits*/) {
     for (int j = 0; j < 24; ++j) sum[j] = _mm512_setzero_si512();
     for (int i = 0; i < ROUNDS; ++i) {
 #pragma GCC unroll 24
-        for (int j = 0; j < 24; ++j) asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum[j]) : "v"(w), "v"(q));
+        for (int j = 0; j < 24; ++j) {
+#if defined(PTQ_EMULATE_AVX512)
+            sum[j] = _mm512_dpbusd_epi32(sum[j], w, q);
+#else
+            asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum[j]) : "v"(w), "v"(q));
+#endif
+        }
     }
 #pragma GCC unroll 24
     for (int i = 1; i < 24; ++i) sum[0] = _mm512_add_epi32(sum[0], sum[i]);
@@ -35,41 +45,53 @@ int64_t loop(int /*bits*/, int /*act_bits*/) {
     return int64_t{ROUNDS} * 24 * 128;
 }
 #elif defined(PTQ_ISA_AVX2)
-template <typename Step>
-int64_t repeat(int64_t operations, const Step& step) {
-    __m256i sum[8], w = _mm256_set1_epi8(3), q = _mm256_set1_epi8(-2);
+// In assembly, so that every product is computed and every sum stays where it is.
+inline __m256i multiply8(__m256i w, __m256i q) {
+    __m256i product;
+    asm volatile("vpmaddubsw %2, %1, %0" : "=x"(product) : "x"(w), "x"(q));
+    return product;
+}
+inline __m256i multiply16(__m256i w, __m256i q) {
+    __m256i product;
+    asm volatile("vpmaddwd %2, %1, %0" : "=x"(product) : "x"(w), "x"(q));
+    return product;
+}
+inline void add16(__m256i& sum, __m256i a) {
+    asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(a));
+}
+inline void add32(__m256i& sum, __m256i a) {
+    asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(a));
+}
+
+// BITS of the weights; SUMS `vpmaddubsw` of 6-bit weights are added in 16 bits, then widened.
+template <int BITS, int SUMS>
+int64_t repeat() {
+    __m256i sum[8];
+    const __m256i w = _mm256_set1_epi8(3), q = _mm256_set1_epi8(-2), ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) sum[j] = _mm256_setzero_si256();
     for (int i = 0; i < ROUNDS; ++i) {
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) {
-            asm volatile("" : "+x"(w), "+x"(q));
-            step(sum[j], w, q);
+            if (BITS == 8) {
+                add32(sum[j], multiply16(w, q));
+                continue;
+            }
+            __m256i narrow = multiply8(w, q);
+#pragma GCC unroll 8
+            for (int n = 1; n < SUMS; ++n) add16(narrow, multiply8(w, q));
+            add32(sum[j], multiply16(narrow, ones));
         }
     }
 #pragma GCC unroll 8
     for (int i = 1; i < 8; ++i) sum[0] = _mm256_add_epi32(sum[0], sum[i]);
     sink = _mm256_extract_epi32(sum[0], 0);
-    return ROUNDS * 8 * operations;
-}
-
-// SUMS `vpmaddubsw` added in 16 bits, then widened: the least a 6-bit weight needs.
-template <int SUMS>
-int64_t repeat6() {
-    return repeat(SUMS * 64, [](__m256i& s, __m256i& w, __m256i& q) {
-        __m256i narrow = _mm256_maddubs_epi16(w, q);
-#pragma GCC unroll 8
-        for (int i = 1; i < SUMS; ++i) {
-            asm volatile("" : "+x"(w));
-            narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(w, q));
-        }
-        s = _mm256_add_epi32(s, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
-    });
+    return int64_t{ROUNDS} * 8 * (BITS == 8 ? 32 : 64 * SUMS);
 }
 
 int64_t loop(int bits, int act_bits) {
-    if (bits == 6) return act_bits == 6 ? repeat6<8>() : repeat6<2>();
-    return repeat(32, [](__m256i& s, __m256i& w, __m256i& q) { s = _mm256_add_epi32(s, _mm256_madd_epi16(w, q)); });
+    if (bits == 8) return repeat<8, 1>();
+    return act_bits == 6 ? repeat<6, 8>() : repeat<6, 2>();
 }
 #else
 int64_t loop(int /*bits*/, int /*act_bits*/) {

@@ -10,11 +10,17 @@ namespace {
 bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+#if defined(PTQ_EMULATE_AVX512)
+bool has_avx512vnni() {
+    return true;
+}
+#else
 bool has_avx512vnni() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");
 }
+#endif
 const InstructionSet sets[INSTRUCTION_SETS] = {
     {"avx512vnni", kernels_avx512vnni(), has_avx512vnni()},
     {"avx2", kernels_avx2(), has_avx2()},

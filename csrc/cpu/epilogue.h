@@ -10,8 +10,8 @@
 //   gate_residual  out = residual + gate_r * y               (residual + y without a gate)
 #pragma once
 
-#include "kernels.h"
 #include "activation.h"
+#include "kernels.h"
 #include "rowio.h"
 
 namespace ptq::PTQ_NS {

@@ -1,6 +1,6 @@
 // Integer linear layer: products, exact correction and epilogue. The products themselves are in gemm_<isa>.h.
 //
-// Few rows (<= DIRECT_ROWS): each thread streams panels once and unpacks them in registers; memory is the limit.
+// Few rows (direct_limit): each thread streams panels once and unpacks them in registers; memory is the limit.
 // More rows: a tile's panels are unpacked once into the thread's cache and multiplied with all rows of a chunk, a few
 // rows at a time, while the panels of the next tile are prefetched.
 #include "gemm.h"
@@ -39,7 +39,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
 struct Call {
     const LinearArgs& args;
     const int8_t* a;    // activations, K padded
-    int64_t row_bytes;  // from one row of `a` to the next
+    int64_t row_bytes;  // from one row of `a` to the next (interleaved: per row of a group)
+    bool interleaved;
     const RowTerm* terms;
     int64_t padded, panel_size;
     int64_t half;        // panels of one half of a paired layer; all panels of another
@@ -81,15 +82,24 @@ void run_direct(Call& call, int threads) {
     const LinearArgs& args = call.args;
     const int halves = args.weights.paired ? 2 : 1;
     const int64_t tasks = threads > 1 ? smaller(call.half, 8 * threads) : 1;
+    const int64_t groups = ceil_div(args.rows, DIRECT_GROUP);
     parallel(threads, tasks, [&](int64_t task) {
-        alignas(64) int32_t acc[DIRECT_ROWS * 2 * PANEL];
+        alignas(64) int32_t acc[DIRECT_GROUP * 2 * PANEL];
         const int64_t stride = halves * PANEL;
         for (int64_t p = call.half * task / tasks; p < call.half * (task + 1) / tasks; ++p) {
-            for (int h = 0; h < halves; ++h) {
-                direct(static_cast<int>(args.rows), args.weights.bits, args.act_bits, call.a, call.row_bytes,
-                       call.panel(p + h * call.half), call.padded, acc + h * PANEL, stride);
+            for (int64_t g = 0; g < groups; ++g) {
+                const int64_t row = args.rows * g / groups, rows = args.rows * (g + 1) / groups - row;
+                for (int h = 0; h < halves; ++h) {
+                    const uint8_t* panel = call.panel(p + h * call.half);
+                    // One pass fetches a fixed distance ahead; of several, each fetches its share of the next panel.
+                    const int64_t ahead = groups == 1 ? Stream::AHEAD : call.panel_size + call.panel_size * g / groups;
+                    const Stream stream{reinterpret_cast<const char*>(panel) + ahead,
+                                        block_bytes(args.weights.bits) / groups};
+                    direct(static_cast<int>(rows), args.weights.bits, args.act_bits, call.a + row * call.row_bytes,
+                           call.interleaved ? 0 : call.row_bytes, panel, stream, call.padded, acc + h * PANEL, stride);
+                }
+                finish_rows(call, row, rows, p, 1, acc, stride);
             }
-            finish_rows(call, 0, args.rows, p, 1, acc, stride);
         }
     });
 }
@@ -114,9 +124,12 @@ void run_tiles(Call& call, int threads) {
         const int64_t tiles = ceil_div(row_end - row_begin, TILE_ROWS);
         for (int64_t u = units * range / ranges; u < units * (range + 1) / ranges; ++u) {
             const int64_t first = u * unit, count = smaller(unit, call.half - first), all = count * halves;
+            // Multiplied together, and interleaved: all of them, or one at a time where a tile holds but one panel.
+            const int64_t together = smaller(all, TILE_PANELS);
             for (int64_t i = 0; i < all; ++i) {
                 unpack_panel(call.panel(first + i % count + i / count * call.half), call.padded, args.weights.bits,
-                             static_cast<int>(i), static_cast<int>(all), panels);
+                             static_cast<int>(i % together), static_cast<int>(together),
+                             panels + i / together * together * unpacked);
             }
             // The next tile's panels, spread evenly over the blocks of all tiles of rows of this one.
             const int64_t next = smaller(unit, call.half - first - unit), bytes = call.panel_size * larger(0, next);
@@ -132,12 +145,28 @@ void run_tiles(Call& call, int threads) {
                     prefetch.next = reinterpret_cast<const char*>(call.panel(first + unit)) + done;
                     prefetch.lines = static_cast<int>(lines);
                 }
-                tile(static_cast<int>(all), static_cast<int>(rows), args.weights.bits, args.act_bits,
-                     call.a + row * call.row_bytes, call.row_bytes, panels, call.padded, acc, stride, prefetch);
+                for (int64_t i = 0; i < all; i += together) {
+                    tile(static_cast<int>(together), static_cast<int>(rows), args.weights.bits, args.act_bits,
+                         call.a + row * call.row_bytes, call.row_bytes, panels + i * unpacked, call.padded,
+                         acc + i * PANEL, stride, i == 0 ? prefetch : Prefetch{});
+                }
                 finish_rows(call, row, rows, first, count, acc, stride);
             }
         }
     });
+}
+
+// Codes [rows, in_features] → [padded / 4][rows][4], zeros behind in_features.
+void interleave_rows(const int8_t* codes, int64_t in_features, int64_t rows, int64_t padded, int8_t* out) {
+    const int64_t whole = in_features / 4 * 4;
+    for (int64_t k = 0; k < whole; k += 4) {
+        for (int64_t r = 0; r < rows; ++r, out += 4) __builtin_memcpy(out, codes + r * in_features + k, 4);
+    }
+    for (int64_t k = whole; k < padded; k += 4) {
+        for (int64_t r = 0; r < rows; ++r, out += 4) {
+            for (int64_t i = 0; i < 4; ++i) out[i] = k + i < in_features ? codes[r * in_features + k + i] : int8_t{0};
+        }
+    }
 }
 
 }  // namespace
@@ -149,14 +178,22 @@ Status linear(const LinearArgs& args, int threads) {
     if (args.rows * w.out_features * w.in_features < SERIAL_PRODUCTS) threads = 1;
 
     // One buffer around the loops: the constants of the rows, then the converted activations if the products need any.
-    const bool as_is = operand_is_codes(w.bits) && padded == w.in_features;
+    const bool direct_path = args.rows <= direct_limit(w.bits);
+    const int64_t groups = ceil_div(args.rows, DIRECT_GROUP);
+    const bool interleave = direct_path && ceil_div(args.rows, groups) >= INTERLEAVED_ROWS;
+    const bool as_is = operand_is_codes(w.bits) && padded == w.in_features && !interleave;
     const int64_t row_bytes = as_is ? padded : operand_row_bytes(padded, w.bits);
     const int64_t terms_bytes = round_up(args.rows * static_cast<int64_t>(sizeof(RowTerm)), 64);
     char* buffer = static_cast<char*>(call_scratch(terms_bytes + (as_is ? 0 : args.rows * row_bytes)));
     RowTerm* terms = reinterpret_cast<RowTerm*>(buffer);
     row_terms(args, terms);
     int8_t* converted = reinterpret_cast<int8_t*>(buffer + terms_bytes);
-    if (!as_is) {
+    if (interleave) {
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t row = args.rows * g / groups, rows = args.rows * (g + 1) / groups - row;
+            interleave_rows(args.codes + row * w.in_features, w.in_features, rows, padded, converted + row * row_bytes);
+        }
+    } else if (!as_is) {
         const int64_t per_task = larger(1, 32768 / padded);
         parallel(threads, ceil_div(args.rows, per_task), [&](int64_t task) {
             for (int64_t row = task * per_task; row < smaller(args.rows, (task + 1) * per_task); ++row) {
@@ -168,11 +205,12 @@ Status linear(const LinearArgs& args, int threads) {
     Call call{args,
               as_is ? args.codes : converted,
               row_bytes,
+              interleave,
               terms,
               padded,
               panel_bytes(w.in_features, w.bits),
               panel_count(w.out_features, w.paired) / (w.paired ? 2 : 1)};
-    args.rows <= DIRECT_ROWS ? run_direct(call, threads) : run_tiles(call, threads);
+    direct_path ? run_direct(call, threads) : run_tiles(call, threads);
 
     if (args.epilogue.kind == Epilogue::Kind::quant || args.epilogue.kind == Epilogue::Kind::swiglu_quant) {
         const int64_t width = args.epilogue.kind == Epilogue::Kind::quant ? w.out_features : w.out_features / 2;

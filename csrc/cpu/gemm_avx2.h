@@ -17,9 +17,14 @@ namespace ptq::PTQ_NS {
 
 constexpr int TILE_PANELS = 1;  // one panel: two registers of eight channels
 constexpr int TILE_ROWS = 4;
-constexpr int DIRECT_ROWS = 4;
-constexpr int64_t PREFETCH_AHEAD = 1536;  // bytes
+constexpr int DIRECT_GROUP = 4;
+constexpr int INTERLEAVED_ROWS = DIRECT_GROUP + 1;  // never
 
+// Up to here weights are unpacked in registers, DIRECT_GROUP rows in one pass over a panel. Widening 8-bit weights
+// takes as many instructions as multiplying two rows.
+inline int64_t direct_limit(int bits) {
+    return bits == 6 ? 4 : 2;
+}
 // What is added to every weight code, and therefore has to be taken out again with the row sums.
 inline int32_t weight_offset(int bits, int /*act_bits*/) {
     return bits == 6 ? 32 : 0;
@@ -63,6 +68,15 @@ inline __m256i broadcast4(const int8_t* p) {
 inline __m256i add_to(const int32_t* sum, __m256i a) {
     return _mm256_add_epi32(load8i(sum), a);
 }
+// sum += a, in this order: left to itself, GCC 12 rebalances a chain of additions into a tree whose leaves it spills.
+inline void add16(__m256i& sum, __m256i a) {
+    sum = _mm256_add_epi16(sum, a);
+    asm("" : "+x"(sum));
+}
+inline void add32(__m256i& sum, __m256i a) {
+    sum = _mm256_add_epi32(sum, a);
+    asm("" : "+x"(sum));
+}
 inline __m256i widen_sums(__m256i a) {
     return _mm256_madd_epi16(a, _mm256_set1_epi16(1));
 }
@@ -91,13 +105,13 @@ inline Pairs widen_weights(__m256i u) {
 
 // SUMS: how many `vpmaddubsw` of one lane may be added in 16 bits, 8 or 2.
 template <int SUMS, int ROWS>
-void direct6(const int8_t* a, int64_t stride, const uint8_t* panel, int64_t padded, int32_t* acc, int64_t acc_stride) {
+void direct6(const int8_t* a, int64_t stride, const uint8_t* panel, Stream stream, int64_t padded, int32_t* acc,
+             int64_t acc_stride) {
     __m256i total[ROWS][2];
     for (int r = 0; r < ROWS; ++r) total[r][0] = total[r][1] = _mm256_setzero_si256();
     for (int64_t k = 0; k < padded; k += 2 * BLOCK, panel += 2 * 192) {
-        for (int line = 0; line < 6; ++line) {
-            _mm_prefetch(reinterpret_cast<const char*>(panel + PREFETCH_AHEAD + 64 * line), _MM_HINT_T0);
-        }
+        stream.fetch();
+        stream.fetch();
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
             __m256i sum[ROWS];
@@ -110,16 +124,16 @@ void direct6(const int8_t* a, int64_t stride, const uint8_t* panel, int64_t padd
 #pragma GCC unroll 4
                     for (int r = 0; r < ROWS; ++r) {
                         const __m256i q = broadcast4(a + r * stride + k + 16 * block + 4 * g);
-                        sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(u.w[g], q));
+                        add16(sum[r], _mm256_maddubs_epi16(u.w[g], q));
                         if (SUMS == 2 && g % 2 == 1) {
-                            total[r][half] = _mm256_add_epi32(total[r][half], widen_sums(sum[r]));
+                            add32(total[r][half], widen_sums(sum[r]));
                             sum[r] = _mm256_setzero_si256();
                         }
                     }
                 }
             }
             if (SUMS == 8) {
-                for (int r = 0; r < ROWS; ++r) total[r][half] = _mm256_add_epi32(total[r][half], widen_sums(sum[r]));
+                for (int r = 0; r < ROWS; ++r) add32(total[r][half], widen_sums(sum[r]));
             }
         }
     }
@@ -130,11 +144,12 @@ void direct6(const int8_t* a, int64_t stride, const uint8_t* panel, int64_t padd
 }
 
 template <int ROWS>
-void direct8(const int8_t* a, int64_t stride, const uint8_t* panel, int64_t padded, int32_t* acc, int64_t acc_stride) {
+void direct8(const int8_t* a, int64_t stride, const uint8_t* panel, Stream stream, int64_t padded, int32_t* acc,
+             int64_t acc_stride) {
     __m256i total[ROWS][2];
     for (int r = 0; r < ROWS; ++r) total[r][0] = total[r][1] = _mm256_setzero_si256();
     for (int64_t k = 0; k < padded; k += 4, panel += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(panel + PREFETCH_AHEAD), _MM_HINT_T0);
+        if (k % BLOCK == 0) stream.fetch();
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
             const Pairs w = widen_weights(load32(panel + 32 * half));
@@ -143,7 +158,8 @@ void direct8(const int8_t* a, int64_t stride, const uint8_t* panel, int64_t padd
                 const int8_t* q = a + r * stride + 2 * k;
                 const __m256i even = _mm256_madd_epi16(w.even, broadcast4(q)),
                               odd = _mm256_madd_epi16(w.odd, broadcast4(q + 4));
-                total[r][half] = _mm256_add_epi32(total[r][half], _mm256_add_epi32(even, odd));
+                add32(total[r][half], even);
+                add32(total[r][half], odd);
             }
         }
     }
@@ -176,8 +192,13 @@ void tile6(const int8_t* a, int64_t stride, const uint8_t* w, int64_t padded, in
             for (int r = 0; r < ROWS; ++r) {
                 const __m256i q = broadcast4(a + r * stride + k + 4 * g);
                 const __m256i first = _mm256_maddubs_epi16(low, q), second = _mm256_maddubs_epi16(high, q);
-                sum[r][0] = g == 0 ? first : _mm256_add_epi16(sum[r][0], first);
-                sum[r][1] = g == 0 ? second : _mm256_add_epi16(sum[r][1], second);
+                if (g == 0) {
+                    sum[r][0] = first;
+                    sum[r][1] = second;
+                } else {
+                    add16(sum[r][0], first);
+                    add16(sum[r][1], second);
+                }
             }
         }
 #pragma GCC unroll 4
@@ -204,8 +225,8 @@ void tile8(const int8_t* a, int64_t stride, const uint8_t* w, int64_t padded, in
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
                 const __m256i q = broadcast4(a + r * stride + 2 * k + 4 * pair);
-                sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(low, q));
-                sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(high, q));
+                add32(sum[r][0], _mm256_madd_epi16(low, q));
+                add32(sum[r][1], _mm256_madd_epi16(high, q));
             }
         }
     }
@@ -239,11 +260,11 @@ inline void unpack_panel(const uint8_t* panel, int64_t padded, int bits, int /*i
 }
 
 template <int ROWS>
-inline void direct_rows(int bits, int act_bits, const int8_t* a, int64_t stride, const uint8_t* panel, int64_t padded,
-                        int32_t* acc, int64_t acc_stride) {
-    if (bits == 8) return direct8<ROWS>(a, stride, panel, padded, acc, acc_stride);
-    if (act_bits == 8) return direct6<2, ROWS>(a, stride, panel, padded, acc, acc_stride);
-    return direct6<8, ROWS>(a, stride, panel, padded, acc, acc_stride);
+inline void direct_rows(int bits, int act_bits, const int8_t* a, int64_t stride, const uint8_t* panel, Stream stream,
+                        int64_t padded, int32_t* acc, int64_t acc_stride) {
+    if (bits == 8) return direct8<ROWS>(a, stride, panel, stream, padded, acc, acc_stride);
+    if (act_bits == 8) return direct6<2, ROWS>(a, stride, panel, stream, padded, acc, acc_stride);
+    return direct6<8, ROWS>(a, stride, panel, stream, padded, acc, acc_stride);
 }
 
 template <int ROWS>
@@ -255,16 +276,16 @@ inline void tile_rows(int bits, int act_bits, const int8_t* a, int64_t stride, c
 }
 
 inline void direct(int rows, int bits, int act_bits, const int8_t* a, int64_t stride, const uint8_t* panel,
-                   int64_t padded, int32_t* acc, int64_t acc_stride) {
+                   Stream stream, int64_t padded, int32_t* acc, int64_t acc_stride) {
     switch (rows) {
         case 1:
-            return direct_rows<1>(bits, act_bits, a, stride, panel, padded, acc, acc_stride);
+            return direct_rows<1>(bits, act_bits, a, stride, panel, stream, padded, acc, acc_stride);
         case 2:
-            return direct_rows<2>(bits, act_bits, a, stride, panel, padded, acc, acc_stride);
+            return direct_rows<2>(bits, act_bits, a, stride, panel, stream, padded, acc, acc_stride);
         case 3:
-            return direct_rows<3>(bits, act_bits, a, stride, panel, padded, acc, acc_stride);
+            return direct_rows<3>(bits, act_bits, a, stride, panel, stream, padded, acc, acc_stride);
         case 4:
-            return direct_rows<4>(bits, act_bits, a, stride, panel, padded, acc, acc_stride);
+            return direct_rows<4>(bits, act_bits, a, stride, panel, stream, padded, acc, acc_stride);
     }
 }
 

@@ -10,8 +10,15 @@ namespace ptq::PTQ_NS {
 
 constexpr int TILE_PANELS = 4;   // panels (64 channels) a tile multiplies at once
 constexpr int TILE_ROWS = 6;     // 6 x 4 accumulators, 4 weights, 1 activation: 29 registers
-constexpr int DIRECT_ROWS = 12;  // up to here weights are unpacked in registers
+constexpr int DIRECT_GROUP = 8;  // rows of one pass over a panel
+// When the largest group has this many rows, activations are stored interleaved, [K / 4][rows][4] per group: one
+// address serves all rows, where so many would not fit into the integer registers.
+constexpr int INTERLEAVED_ROWS = 7;
 
+// Up to here weights are unpacked in registers, DIRECT_GROUP rows in one pass over a panel.
+inline int64_t direct_limit(int /*bits*/) {
+    return 24;
+}
 // What is added to every weight code, and therefore has to be taken out again with the row sums.
 inline int32_t weight_offset(int bits, int /*act_bits*/) {
     return bits == 6 ? 32 : 128;
@@ -29,9 +36,16 @@ inline void convert_row(const int8_t* codes, int64_t in_features, int64_t padded
     __builtin_memset(out + in_features, 0, static_cast<size_t>(padded - in_features));
 }
 
-// Distance of the software prefetch of a direct product, in bytes: the hardware prefetcher stops at page borders.
-constexpr int64_t PREFETCH_AHEAD = 1536;
-
+#if defined(PTQ_EMULATE_AVX512)
+inline void multiply_add(__m512i& sum, __m512i w, __m512i q) {
+    sum = _mm512_dpbusd_epi32(sum, w, q);
+}
+inline void multiply_add(__m512i& sum, __m512i w, const int8_t* q) {
+    int32_t four;
+    __builtin_memcpy(&four, q, 4);
+    sum = _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(four));
+}
+#else
 // sum += products of w and q. In assembly because GCC 12 copies and spills accumulators around the intrinsic.
 inline void multiply_add(__m512i& sum, __m512i w, __m512i q) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(q));
@@ -41,6 +55,7 @@ inline void multiply_add(__m512i& sum, __m512i w, const int8_t* q) {
     using Four [[gnu::may_alias, gnu::aligned(1)]] = int32_t;
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const Four*>(q)));
 }
+#endif
 
 struct Block {
     __m512i w[4];
@@ -65,8 +80,9 @@ inline __m512i broadcast4(const int8_t* p) {
 }
 
 // One panel, `ROWS` rows, weights unpacked in registers. SETS accumulators per row hide the latency of few rows.
-template <int BITS, int ROWS>
-void direct_rows(const int8_t* a, int64_t stride, const uint8_t* panel, int64_t padded, int32_t* acc,
+// `stride` 0 says that the rows are interleaved.
+template <int BITS, int ROWS, bool INTERLEAVED>
+void direct_rows(const int8_t* a, int64_t stride, const uint8_t* panel, Stream stream, int64_t padded, int32_t* acc,
                  int64_t acc_stride) {
     constexpr int SETS = ROWS <= 6 ? 4 : 2;
     __m512i sum[ROWS][SETS];
@@ -76,15 +92,14 @@ void direct_rows(const int8_t* a, int64_t stride, const uint8_t* panel, int64_t 
         for (int s = 0; s < SETS; ++s) sum[r][s] = _mm512_setzero_si512();
     }
     for (int64_t k = 0; k < padded; k += BLOCK, panel += BITS == 6 ? 192 : 256) {
-        for (int line = 0; line < (BITS == 6 ? 3 : 4); ++line) {
-            _mm_prefetch(reinterpret_cast<const char*>(panel + PREFETCH_AHEAD + 64 * line), _MM_HINT_T0);
-        }
+        stream.fetch();
         const Block block = unpack_block(panel, BITS);
 #pragma GCC unroll 4
         for (int g = 0; g < 4; ++g) {
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; ++r) {
-                multiply_add(sum[r][g % SETS], block.w[g], a + r * stride + k + 4 * g);
+                const int8_t* q = INTERLEAVED ? a + ROWS * (k + 4 * g) + 4 * r : a + r * stride + k + 4 * g;
+                multiply_add(sum[r][g % SETS], block.w[g], q);
             }
         }
     }
@@ -142,17 +157,35 @@ inline void unpack_panel(const uint8_t* panel, int64_t padded, int bits, int ind
     }
 }
 
-#define PTQ_ROWS(r)                                                                     \
-    case r:                                                                             \
-        return bits == 6 ? direct_rows<6, r>(a, stride, panel, padded, acc, acc_stride) \
-                         : direct_rows<8, r>(a, stride, panel, padded, acc, acc_stride);
+#define PTQ_ROWS(r, interleaved)                                                                         \
+    return bits == 6 ? direct_rows<6, r, interleaved>(a, stride, panel, stream, padded, acc, acc_stride) \
+                     : direct_rows<8, r, interleaved>(a, stride, panel, stream, padded, acc, acc_stride);
 inline void direct(int rows, int bits, int /*act_bits*/, const int8_t* a, int64_t stride, const uint8_t* panel,
-                   int64_t padded, int32_t* acc, int64_t acc_stride) {
+                   Stream stream, int64_t padded, int32_t* acc, int64_t acc_stride) {
+    if (stride == 0) {
+        switch (rows) {
+            case 6:
+                PTQ_ROWS(6, true)
+            case 7:
+                PTQ_ROWS(7, true)
+            case 8:
+                PTQ_ROWS(8, true)
+        }
+        return;
+    }
     switch (rows) {
-        PTQ_ROWS(1)
-        PTQ_ROWS(2)
-        PTQ_ROWS(3) PTQ_ROWS(4) PTQ_ROWS(5) PTQ_ROWS(6) PTQ_ROWS(7) PTQ_ROWS(8) PTQ_ROWS(9) PTQ_ROWS(10) PTQ_ROWS(11)
-            PTQ_ROWS(12)
+        case 1:
+            PTQ_ROWS(1, false)
+        case 2:
+            PTQ_ROWS(2, false)
+        case 3:
+            PTQ_ROWS(3, false)
+        case 4:
+            PTQ_ROWS(4, false)
+        case 5:
+            PTQ_ROWS(5, false)
+        case 6:
+            PTQ_ROWS(6, false)
     }
 }
 #undef PTQ_ROWS

@@ -9,8 +9,13 @@ namespace ptq::PTQ_NS {
 
 constexpr int TILE_PANELS = 1;
 constexpr int TILE_ROWS = 4;
-constexpr int DIRECT_ROWS = 2;
+constexpr int DIRECT_GROUP = 2;
+constexpr int INTERLEAVED_ROWS = DIRECT_GROUP + 1;  // never
 
+// Up to here weights are unpacked block by block.
+inline int64_t direct_limit(int /*bits*/) {
+    return 2;
+}
 // What is added to every weight code, and therefore has to be taken out again with the row sums.
 inline int32_t weight_offset(int bits, int /*act_bits*/) {
     return bits == 6 ? 32 : 128;
@@ -50,7 +55,7 @@ inline void multiply_block(const uint8_t* u, const int8_t* q, int32_t* sum) {
 }
 
 inline void direct(int rows, int bits, int /*act_bits*/, const int8_t* a, int64_t stride, const uint8_t* panel,
-                   int64_t padded, int32_t* acc, int64_t acc_stride) {
+                   Stream /*stream*/, int64_t padded, int32_t* acc, int64_t acc_stride) {
     for (int r = 0; r < rows; ++r) __builtin_memset(acc + r * acc_stride, 0, 64);
     for (int64_t k = 0; k < padded; k += BLOCK, panel += block_bytes(bits)) {
         uint8_t u[256];

@@ -1,7 +1,11 @@
 // AVX-512 (F, BW, VL, DQ, VNNI): one register holds the 16 lanes.
 #pragma once
 
+#if defined(PTQ_EMULATE_AVX512)
+#include "emulate/avx512.h"
+#else
 #include <immintrin.h>
+#endif
 
 #define PTQ_NS avx512vnni
 

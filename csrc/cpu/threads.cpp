@@ -119,17 +119,27 @@ class Scratch {
   public:
     ~Scratch() { std::free(data_); }
     void* at_least(int64_t bytes) {
-        if (bytes > size_) {
-            const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+        if (!enough(bytes)) {
+            const int64_t size = (bytes + STEP - 1) / STEP * STEP;
             std::free(data_);
-            data_ = std::aligned_alloc(64, static_cast<size_t>(rounded));
-            size_ = data_ ? rounded : 0;
-            if (!data_) throw std::bad_alloc();
+            data_ = nullptr;
+            size_ = 0;
+            if (posix_memalign(&data_, 64, static_cast<size_t>(size)) != 0) throw std::bad_alloc();
+            size_ = size;
         }
         return data_;
     }
 
   private:
+#if defined(PTQ_DEBUG)
+    // Exactly what was asked for, so that the sanitizers see an access behind it.
+    static constexpr int64_t STEP = 1;
+    bool enough(int64_t bytes) const { return data_ && bytes == size_; }
+#else
+    static constexpr int64_t STEP = 4096;
+    bool enough(int64_t bytes) const { return bytes <= size_; }
+#endif
+
     void* data_ = nullptr;
     int64_t size_ = 0;
 };
