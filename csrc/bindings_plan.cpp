@@ -5,10 +5,21 @@
 
 #include "cpu/block.h"
 #include "cpu/dispatch.h"
+#include "cpu/threads.h"
 #include "operands.h"
 
 namespace ptq {
 namespace {
+
+// One team for all loops of a call.
+template <typename Kernel>
+int run_team(int threads, const Kernel& kernel) {
+    return ptq::run([&] {
+        Status status = Status::ok;
+        team(threads, [&] { status = kernel(); });
+        return status;
+    });
+}
 
 // A dictionary whose entries are tensors or None.
 class Operands {
@@ -124,8 +135,9 @@ class Layer {
             bring_modulation(call, modulation, modulation_rows, rows, norm_ ? chunks_used(*norm_) : 0, width);
         checked_threads(threads);
         if (!good || !ptq::in_range(call.positions, layer_.table.length)) return BAD_DATA;
-        return ptq::run(
-            [&] { return run_layer(kernels(), layer_, norm_ ? &*norm_ : nullptr, activation_, call, threads); });
+        return run_team(threads, [&] {
+            return run_layer(kernels(), layer_, norm_ ? &*norm_ : nullptr, activation_, call, threads);
+        });
     }
 
   private:
@@ -214,7 +226,7 @@ class Block {
             good = good && call.visible_end[i] >= 1 && call.visible_end[i] <= span;
         }
         if (!good) return BAD_DATA;
-        return ptq::run([&] { return run_block(kernels(), p, call, threads); });
+        return run_team(threads, [&] { return run_block(kernels(), p, call, threads); });
     }
 
   private:

@@ -9,6 +9,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
 #endif
@@ -56,6 +60,86 @@ GompParallel find_gomp() {
 GompParallel gomp() {
     static const GompParallel found = find_gomp();
     return found;
+}
+
+// Waiting for something that another running thread is about to do. After a while the processor is offered to others:
+// that thread may not be running.
+class Wait {
+  public:
+    void once() {
+        if (++spins_ > 2000) {
+            std::this_thread::yield();
+            return;
+        }
+#if defined(__x86_64__) || defined(_M_X64)
+        _mm_pause();
+#endif
+    }
+
+  private:
+    int spins_ = 0;
+};
+
+// A team that stays together over many loops (with_team). The owner publishes a loop, takes part in it, withdraws it
+// and waits for those who are inside; a helper that never arrives is not waited for.
+//
+// A helper first says that it is inside and then looks at the loop; the owner first withdraws the loop and then looks
+// who is inside. In any order of the four (sequentially consistent) accesses, either the helper finds no loop or the
+// owner waits for it: a loop is never left while in use.
+struct Team {
+    std::atomic<Loop*> loop{nullptr};
+    std::atomic<uint64_t> published{0};  // loops so far
+    std::atomic<int> inside{0};
+    std::atomic<bool> done{false};
+    std::thread::id owner = std::this_thread::get_id();
+    void (*scope)(void*) = nullptr;
+    void* context = nullptr;
+    std::exception_ptr error;
+
+    void serve() {
+        Wait idle;
+        while (!done.load(std::memory_order_acquire)) {
+            if (!loop.load(std::memory_order_relaxed)) {
+                idle.once();
+                continue;
+            }
+            const uint64_t seen = published.load(std::memory_order_relaxed);
+            inside.fetch_add(1);
+            Loop* const found = loop.load();
+            if (found) run(found);
+            inside.fetch_sub(1);
+            if (!found) continue;
+            // All tasks are handed out: until the next loop there is nothing to do.
+            Wait next;
+            while (published.load(std::memory_order_relaxed) == seen && !done.load(std::memory_order_relaxed))
+                next.once();
+            idle = Wait();
+        }
+    }
+
+    void run_loop(Loop& mine) {
+        published.fetch_add(1, std::memory_order_relaxed);
+        loop.store(&mine);
+        run(&mine);
+        loop.store(nullptr);
+        Wait others;
+        while (inside.load() != 0) others.once();
+    }
+};
+
+thread_local Team* current_team = nullptr;
+
+void enter_team(void* data) {
+    Team& team = *static_cast<Team*>(data);
+    if (std::this_thread::get_id() != team.owner) return team.serve();
+    current_team = &team;
+    try {
+        team.scope(team.context);
+    } catch (...) {
+        team.error = std::current_exception();
+    }
+    current_team = nullptr;
+    team.done.store(true, std::memory_order_release);
 }
 
 // The team used where no OpenMP runtime is loaded. Workers sleep between loops.
@@ -151,6 +235,8 @@ void parallel_for(int threads, int64_t tasks, Body body, void* context) {
     if (threads > tasks) threads = static_cast<int>(tasks);
     if (threads <= 1) {
         run(&loop);
+    } else if (current_team) {
+        current_team->run_loop(loop);
     } else if (use_gomp && gomp()) {
         gomp()(run, &loop, static_cast<unsigned>(threads), 0);
     } else {
@@ -158,6 +244,15 @@ void parallel_for(int threads, int64_t tasks, Body body, void* context) {
         pool.run_loop(threads, loop);
     }
     if (loop.failed) std::rethrow_exception(loop.error);
+}
+
+void with_team(int threads, void (*scope)(void* context), void* context) {
+    if (threads <= 1 || current_team || !use_gomp || !gomp()) return scope(context);
+    Team team;
+    team.scope = scope;
+    team.context = context;
+    gomp()(enter_team, &team, static_cast<unsigned>(threads), 0);
+    if (team.error) std::rethrow_exception(team.error);
 }
 
 void* thread_scratch(int64_t bytes) {
