@@ -87,8 +87,10 @@ class Decoder:
         self._distinct = torch.empty(distinct, self._chunk, width)
         self._distinct_positions = torch.empty(distinct, self._chunk, dtype=torch.int64)
         self._offsets = torch.arange(self._chunk)
+        self._start = torch.zeros((), dtype=torch.int64)
         self._row_base = (index * self._chunk).to(torch.int32)
         self._rows = self._row_base.clone()
+        self._offset = torch.zeros((), dtype=torch.int32)  # a number would become a new tensor in every step
         self._position = torch.zeros(1, dtype=torch.int64)
         self._end = torch.zeros(1, dtype=torch.int32)
 
@@ -133,7 +135,7 @@ class Decoder:
             self._begin_chunk(min(position, self._length - self._chunk))
         self._position.fill_(position)
         self._end.fill_(position + 1)
-        torch.add(self._row_base, position - self._first, out=self._rows)
+        torch.add(self._row_base, self._offset.fill_(position - self._first), out=self._rows)
         good = True
         for run, ahead, behind in self._steps:
             good = good and run(*ahead, position + 1, *behind)
@@ -147,7 +149,7 @@ class Decoder:
     def _begin_chunk(self, first: int) -> None:
         self._first = first
         self._conditions(self._distinct, first)
-        torch.add(self._offsets, first, out=self._distinct_positions[0])
+        torch.add(self._offsets, self._start.fill_(first), out=self._distinct_positions[0])
         self._distinct_positions[1:] = self._distinct_positions[:1]
         for modulation in self._modulations:
             if modulation is not None and not modulation.compute(*self._chunk_views):

@@ -400,16 +400,18 @@ class RAR(nn.Module):
         caches = self.new_caches(2 * batch) if cached else None
         decoder = None if caches is None else self._decoder(both, caches)
         tokens = classes.new_empty(batch, self.config.tokens)
+        drawn = tokens[:, 0]
         for step in range(self.config.tokens):
             start = step + 1 if cached and step else 0
             if decoder is not None and step:
                 # One position, in buffers of the decoder; the same numbers as below.
-                self._embed_token(decoder.x, tokens[:, step - 1], start)
+                self._embed_token(decoder.x, drawn, start)
                 logits = decoder.step(start)
             else:
                 window = self.window(start, step + PREFIX - start)
                 logits = self.step(both, tokens[:, :step].repeat(2, 1), window, caches)[:, -1].float()
-            tokens[:, step] = sampler.draw(logits, step, self.guidance_weight(step), self.config.temperature)
+            drawn = sampler.draw(logits, step, self.guidance_weight(step), self.config.temperature)
+            tokens[:, step] = drawn
             if progress is not None:
                 progress(step)
         return tokens

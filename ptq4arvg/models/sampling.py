@@ -25,6 +25,9 @@ class GuidedSampler:
         generator = torch.Generator().manual_seed(seed)
         self._uniform = torch.rand(steps, batch, generator=generator, dtype=torch.float64).to(device)
         self._batch, self._last = batch, codes - 1
+        # Python numbers become tensors, allocated for every operation; these are filled instead.
+        self._weight = torch.ones((), device=device)
+        self._temperature = torch.ones((), device=device)
         self._guided = torch.empty(batch, codes, device=device)
         self._logits = torch.empty(batch, codes, dtype=torch.float64, device=device)
         self._probabilities = torch.empty_like(self._logits)
@@ -35,7 +38,7 @@ class GuidedSampler:
         """Tokens int64 ``[B]`` (a buffer, reused) from logits float32 ``[2 B, V]``: conditional rows first."""
         conditional, unconditional = logits[: self._batch], logits[self._batch :]
         guided = torch.sub(conditional, unconditional, out=self._guided)
-        guided.mul_(weight).add_(unconditional).div_(temperature)
+        guided.mul_(self._weight.fill_(weight)).add_(unconditional).div_(self._temperature.fill_(temperature))
         self._logits.copy_(guided)
         torch.ops.aten._softmax.out(self._logits, -1, False, out=self._probabilities)
         torch.cumsum(self._probabilities, -1, out=self._cumulative)
