@@ -11,6 +11,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/limits.h"
+#include "cpu/memory.h"
 #include "cpu/threads.h"
 #include "operands.h"
 
@@ -290,6 +291,12 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("thread_team", [] { return std::string(thread_team()); });
     m.def("set_thread_team", &set_thread_team);
     m.def("packed_bytes", &packed_bytes);
+    m.def("advise_large_pages", [](const Tensor& memory) {
+        const View v("memory", memory);
+        v.shape({-1});
+        v.dense();
+        advise_large_pages(v.as<uint8_t>(Element::u8), v.size(0));
+    });
     m.def("pack", &ptq::pack);
     m.def("unpack", &ptq::unpack);
     m.def("quantize", &ptq::quantize);

@@ -4,6 +4,7 @@
 
 #include <time.h>
 
+#include "prefetch.h"
 #include "threads.h"
 
 namespace ptq::PTQ_NS {
@@ -107,6 +108,18 @@ int64_t loop(int /*bits*/, int /*act_bits*/) {
 #endif
 
 }  // namespace
+
+int32_t read_memory(const void* memory, int64_t bytes) {
+    const int32_t* p = static_cast<const int32_t*>(memory);
+    I sums[4] = {set1i(0), set1i(0), set1i(0), set1i(0)};
+    for (int64_t i = 0; i < bytes / 4; i += 64) {
+        for (int j = 0; j < 4; ++j) {
+            __builtin_prefetch(p + i + 16 * j + Stream::AHEAD / 4, 0, 2);  // as the kernels do
+            sums[j] = sums[j] + loadi(p + i + 16 * j);
+        }
+    }
+    return sum(sums[0] + sums[1] + (sums[2] + sums[3]));
+}
 
 double products(int bits, int act_bits, int threads) {
     double best = 0;

@@ -132,6 +132,7 @@ struct Kernels {
     bool (*good_codes)(const LinearArgs&, int threads);
     // Operations (two per product and sum) per second of the bare register loop that a width allows, best of several.
     double (*products)(int bits, int act_bits, int threads);
+    int32_t (*read_memory)(const void* memory, int64_t bytes);
 };
 
 // One per instruction set; nullptr when it was not compiled in.

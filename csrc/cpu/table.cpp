@@ -13,8 +13,8 @@ namespace ptq {
 
 const Kernels* PTQ_CAT(kernels_, PTQ_NS)() {
     static const Kernels table = {
-        PTQ_TEXT(PTQ_NS),   PTQ_NS::quantize,  PTQ_NS::adaln_quant, PTQ_NS::linear,
-        PTQ_NS::qkv_append, PTQ_NS::attention, PTQ_NS::good_codes,  PTQ_NS::products,
+        PTQ_TEXT(PTQ_NS),  PTQ_NS::quantize,   PTQ_NS::adaln_quant, PTQ_NS::linear,      PTQ_NS::qkv_append,
+        PTQ_NS::attention, PTQ_NS::good_codes, PTQ_NS::products,    PTQ_NS::read_memory,
     };
     return &table;
 }

@@ -23,6 +23,33 @@ class _Packed:
     panels: Tensor
 
 
+class _Arena:
+    """Pieces of large buffers on large pages, which weights are streamed from faster.
+
+    A buffer goes with its last piece, except for the one that pieces are being cut from.
+    """
+
+    BYTES = 32 << 20
+    ALIGN = 64
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def take(self, size: int) -> Tensor:
+        """uint8 ``[size]``, 64-byte aligned, uninitialized."""
+        with self._lock:
+            if self._used + size > len(self._buffer):
+                self._buffer = torch.empty(max(size, self.BYTES) + self.ALIGN, dtype=torch.uint8)
+                native.module().advise_large_pages(native.view(self._buffer))
+                self._used = -self._buffer.data_ptr() % self.ALIGN
+            piece = self._buffer[self._used : self._used + size]
+            self._used += -(-size // self.ALIGN) * self.ALIGN
+        return piece
+
+
+_ARENA = _Arena()
 _LOCK = threading.Lock()
 _CACHE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -40,7 +67,7 @@ def pack_panels(qweight: Tensor, w_bits: int, in_features: int, paired: bool = F
     """
     module = native.module()
     size = module.packed_bytes(qweight.shape[0], in_features, w_bits, paired)
-    panels = torch.empty(size, dtype=torch.uint8)
+    panels = _ARENA.take(size)
     status = module.pack(native.view(qweight), native.view(panels), in_features, w_bits, paired, native.threads())
     return panels if status == native.OK else None
 
