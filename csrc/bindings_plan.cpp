@@ -21,6 +21,8 @@ int run_team(int threads, const Kernel& kernel) {
     });
 }
 
+constexpr int64_t SERIAL_PRODUCTS = 1 << 17;  // below, waking the team costs more than it saves
+
 // A dictionary whose entries are tensors or None.
 class Operands {
   public:
@@ -135,6 +137,7 @@ class Layer {
             bring_modulation(call, modulation, modulation_rows, rows, norm_ ? chunks_used(*norm_) : 0, width);
         checked_threads(threads);
         if (!good || !ptq::in_range(call.positions, layer_.table.length)) return BAD_DATA;
+        if (rows * width * layer_.weights.out_features < SERIAL_PRODUCTS) threads = 1;
         return run_team(threads, [&] {
             return run_layer(kernels(), layer_, norm_ ? &*norm_ : nullptr, activation_, call, threads);
         });

@@ -12,7 +12,7 @@ from ptq4arvg_kernels import linear, quantize
 from ptq4arvg_kernels.backends.cpu.plans import LayerPlan, PackedLayer
 from ptq4arvg_kernels.ops import Activation
 from ptq4arvg_kernels.packing import column_sums, pack, packed_row_bytes, unpack
-from ptq4arvg_kernels.registry import OpSpec, serving
+from ptq4arvg_kernels.registry import OpSpec, Served, serving
 from ptq4arvg_kernels.tables import make_table
 
 __all__ = ["QuantLinear"]
@@ -77,6 +77,7 @@ class QuantLinear(nn.Module):
         self.group_of_position: Tensor
         self.table: Tensor
         self.col_sums: Tensor
+        self._served = Served("layer", self.call_spec)
         self.packed: PackedLayer | None = None
         self.plan: LayerPlan | None = None
 
@@ -119,11 +120,11 @@ class QuantLinear(nn.Module):
 
     def planned(self, dtype: torch.dtype) -> bool:
         """Whether what :meth:`prepare` made serves the next call: same operands, same backend."""
-        packed = self.packed
+        packed, own = self.packed, self._buffers
         if packed is None or torch.compiler.is_compiling():
             return False
-        same = packed.w_scale is self.w_scale and packed.bias is self.bias and packed.table is self.table
-        return same and packed.col_sums is self.col_sums and serving("layer", self.call_spec(dtype)) is not None
+        same = packed.w_scale is own["w_scale"] and packed.bias is own["bias"] and packed.table is own["table"]
+        return same and packed.col_sums is own["col_sums"] and self._served(dtype) is not None
 
     def call_spec(self, dtype: torch.dtype) -> OpSpec:
         """What a backend is asked whether it serves."""
@@ -147,10 +148,15 @@ class QuantLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold the weights as stored: a plan holds addresses.
         state = self.__dict__.copy()
+        del state["_served"]  # it refers to this very layer
         if self.packed is not None:
             state["_buffers"] = self._buffers | {"qweight": self.qweight}
             state["packed"] = state["plan"] = None
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._served = Served("layer", self.call_spec)
 
     # --- construction -------------------------------------------------------------------------------------------------
 
@@ -231,6 +237,11 @@ class QuantLinear(nn.Module):
         Raises:
             ValueError: no positions although positions differ in scale, or a last axis that is not K.
         """
+        plan = self.plan
+        if plan is not None and positions is not None and x.dim() == 2 and self.planned(x.dtype) and plan.takes(x):
+            planned = plan(x, positions)
+            if planned is not None:
+                return planned
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features, this layer takes {self.in_features}")
         if positions is None:
@@ -241,8 +252,8 @@ class QuantLinear(nn.Module):
                 )
             positions = torch.zeros(1, dtype=torch.int64, device=x.device)
         rows = x.reshape(-1, self.in_features)
-        if self.plan is not None and self.planned(x.dtype):
-            planned = self.plan(rows.contiguous(), positions.contiguous())
+        if plan is not None and self.planned(x.dtype):
+            planned = plan(rows.contiguous(), positions.contiguous())
             if planned is not None:
                 return planned.view(*x.shape[:-1], self.out_features)
         # One operator at a time; after a plan that refused its input, these say what is wrong.
