@@ -51,6 +51,10 @@ X86_SETS = {
         "-mprefer-vector-width=512",
     ),
 }
+EMULATE = os.environ.get("PTQ4ARVG_EMULATE", "0") == "1"
+if EMULATE:
+    # Speed matters little here. Aligned structures are passed as no old GCC did, which -Wpsabi would note.
+    X86_SETS["AVX512VNNI"] = ("-O2", "-Wno-psabi")
 
 
 def is_x86() -> bool:
@@ -67,9 +71,15 @@ class BuildKernels(build_ext):
         extra = tuple(os.environ.get("CXXFLAGS", "").split())
         include = [pybind11.get_include(), *self.compiler.include_dirs]
         common = [("PTQ_X86", "1")] if is_x86() else []
+        common += [("PTQ_EMULATE_AVX512", "1")] if EMULATE else []
         jobs = [(source, "common", common, FLAGS) for source in COMMON]
         jobs += [
-            (f"{CPU}/{name}.cpp", instruction_set.lower(), [(f"PTQ_ISA_{instruction_set}", "1")], FLAGS + flags)
+            (
+                f"{CPU}/{name}.cpp",
+                instruction_set.lower(),
+                [*common, (f"PTQ_ISA_{instruction_set}", "1")],
+                FLAGS + flags,
+            )
             for instruction_set, flags in sets.items()
             for name in KERNELS
         ]

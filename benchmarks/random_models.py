@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ptq4arvg.linear import QuantLinear
 from ptq4arvg.models.rar import CONFIGS, RAR, RARConfig
-from ptq4arvg.pipeline import assemble
+from ptq4arvg.pipeline import FORMAT_VERSION, assemble
 from ptq4arvg.protocol import AttentionSpec
 from ptq4arvg.recipes import named_recipe
 
@@ -28,13 +28,16 @@ def random_generator(config: RARConfig, seed: int = 0) -> RAR:
 
 
 def random_quantized(config: RARConfig, recipe: str, seed: int = 0) -> Any:
-    """An integer RAR of that size with random codes and steps that keep activations in range; made layer by layer."""
+    """An integer RAR of that size with random codes and steps that keep activations in range; made layer by layer.
+
+    It can be saved; prepare it (:func:`ptq4arvg.blocks.prepare`), or load it from its file, before timing it.
+    """
     generator = torch.Generator().manual_seed(seed)
     chosen = named_recipe(recipe)
     with torch.device("meta"):
         model = RAR(config)
     specs = model.linear_specs()
-    shapes = {path: model.get_submodule(path).weight.shape for path in specs}
+    shapes = {path: model.get_parameter(f"{path}.weight").shape for path in specs}
     for name, parameter in list(model.named_parameters()):
         if any(name.startswith(f"{path}.") for path in specs):
             continue
@@ -69,7 +72,19 @@ def random_quantized(config: RARConfig, recipe: str, seed: int = 0) -> Any:
         shape = (2, attention.heads)
         return torch.full(shape, 0.03), torch.full(shape, 128)
 
-    return assemble(model, make, kv).eval().requires_grad_(False)
+    result = assemble(model, make, kv)
+    result.quantization = {
+        "format_version": FORMAT_VERSION,
+        "family": RAR.family,
+        "config": result.config_dict(),
+        "recipe": chosen.to_dict(),
+        "weight_bits": max(chosen.weight_bits.values()),
+        "act_bits": max(chosen.act_bits.values()),
+        "integer": True,
+        "calibration": {},
+        "scaling": {},
+    }
+    return result
 
 
 def size(name: str) -> RARConfig:

@@ -7,6 +7,8 @@ import os
 THREADS = os.environ.get("PTQ4ARVG_TEST_THREADS", "1")
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, THREADS)
+# Tests with more threads than free cores: a thread that waits by spinning holds up the one it waits for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402

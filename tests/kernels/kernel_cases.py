@@ -12,11 +12,19 @@ import torch
 from scipy.special import erf
 from torch import Tensor
 
+from ptq4arvg_kernels.backends.cpu import native
 from ptq4arvg_kernels.packing import column_sums, pack, padded_head_dim
 from ptq4arvg_kernels.tables import make_kv_table, make_table
 
 ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 TINY = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
+
+
+def instruction_sets() -> list[str]:
+    """Those the CPU backend can run on this machine, best first; none if it is not available."""
+    if native.WHY_NOT is not None:
+        return []
+    return [name for name, compiled, supported in native.module().instruction_sets() if compiled and supported]
 
 
 def generator(seed: int) -> torch.Generator:
