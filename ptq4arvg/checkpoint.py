@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ptq4arvg.blocks import QuantBlock, prepare
+from ptq4arvg.blocks import QuantBlock, QuantHead
 from ptq4arvg.calibration.stwq import kv_groups
 from ptq4arvg.errors import CheckpointError
 from ptq4arvg.linear import QuantLinear
@@ -29,7 +29,7 @@ from ptq4arvg.nn import Norm
 from ptq4arvg.pipeline import FORMAT_VERSION, assemble
 from ptq4arvg.protocol import AttentionSpec
 from ptq4arvg.recipes import Recipe
-from ptq4arvg.state_dict import load_strict, read_state_dict, write_safetensors_atomic
+from ptq4arvg.state_dict import TensorFile, check_fit, read_state_dict, write_safetensors_atomic
 from ptq4arvg_kernels.packing import FORMAT_VERSION as PACKING_VERSION
 
 __all__ = ["is_quantized", "load", "read_header", "save"]
@@ -37,12 +37,12 @@ __all__ = ["is_quantized", "load", "read_header", "save"]
 HEADER_KEY = "ptq4arvg"
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _digest(keys: Iterable[str], read: Callable[[str], Tensor]) -> str:
     """SHA-256 over names and bytes: a zeroed or swapped block would otherwise be a legal 8-bit weight."""
     state = hashlib.sha256()
-    for key in sorted(tensors):
+    for key in sorted(keys):
         state.update(key.encode())
-        flat = tensors[key].detach().cpu().contiguous().reshape(-1)
+        flat = read(key).detach().cpu().contiguous().reshape(-1)
         state.update(flat.view(torch.uint8).numpy().data)
     return state.hexdigest()
 
@@ -74,7 +74,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
         "packing_version": PACKING_VERSION,
         "layers": _layers(model),
         "norms": _norms(model),
-        "sha256": _digest(tensors),
+        "sha256": _digest(tensors, tensors.__getitem__),
     }
     write_safetensors_atomic(path, tensors, {HEADER_KEY: json.dumps(header, sort_keys=True)})
 
@@ -184,15 +184,16 @@ def _restore(header: dict[str, Any], path: str | os.PathLike[str]) -> Any:
                 raise ValueError(
                     f"{what} of {linear} is {known[what]} in the layers, but {stated} by config and recipe"
                 )
-        return QuantLinear(
-            known["in_features"],
-            known["out_features"],
-            known["w_bits"],
-            known["groups"],
-            length,
-            known["bias"],
-            specs[linear].activation,
-        )
+        with torch.device("meta"):
+            return QuantLinear(
+                known["in_features"],
+                known["out_features"],
+                known["w_bits"],
+                known["groups"],
+                length,
+                known["bias"],
+                specs[linear].activation,
+            )
 
     def kv(attention: AttentionSpec, operand: str) -> tuple[Tensor, Tensor]:
         shape = (int(kv_groups(model).max()) + 1, attention.heads)
@@ -212,22 +213,54 @@ def _restore(header: dict[str, Any], path: str | os.PathLike[str]) -> Any:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
-    tensors = read_state_dict(path)
-    load_strict(model, tensors, source=str(path))
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear | QuantBlock):
-            try:
-                module.refresh()
-            except (IndexError, ValueError) as error:
-                raise CheckpointError(f"{path}: {name}: {error}") from error
-    if _digest(tensors) != header["sha256"]:
-        raise CheckpointError(
-            f"{path}: the tensors do not have the checksum that the header states; copy the file again"
-        )
+    check_fit(model, read_state_dict(path), source=str(path))
+    with TensorFile(path) as file:
+        _fill(model, file, path)
+        if _digest(file.keys(), file.read) != header["sha256"]:
+            raise CheckpointError(
+                f"{path}: the tensors do not have the checksum that the header states; copy the file again"
+            )
     beside = ("layers", "norms", "packing_version", "sha256")
     model.quantization = {key: value for key, value in header.items() if key not in beside}
-    prepare(model)
     return model.eval().requires_grad_(False)
+
+
+def _fill(model: nn.Module, file: TensorFile, path: str | os.PathLike[str]) -> None:
+    """Read, check and prepare block by block, so that memory never holds the weights twice."""
+    filled: set[str] = set()
+
+    def fill(prefix: str, module: nn.Module) -> None:
+        for name, part in module.named_modules(prefix=prefix):
+            own: dict[str, Tensor | None] = {**part._parameters, **part._buffers}
+            before = len(filled)
+            for key, target in own.items():
+                path_of = f"{name}.{key}" if name else key
+                if target is None or path_of in filled or key in part._non_persistent_buffers_set:
+                    continue
+                filled.add(path_of)
+                value = file.read(path_of).to(target.dtype)
+                if target.is_meta:
+                    part._buffers[key] = value
+                else:
+                    with torch.no_grad():
+                        target.copy_(value)
+            if isinstance(part, QuantLinear) and len(filled) > before:
+                _refresh(part, name, path)
+
+    for name, module in model.named_modules():
+        if isinstance(module, QuantBlock | QuantHead):
+            fill(name, module)
+            if isinstance(module, QuantBlock):
+                _refresh(module, name, path)
+            module.prepare()
+    fill("", model)
+
+
+def _refresh(module: QuantLinear | QuantBlock, name: str, path: str | os.PathLike[str]) -> None:
+    try:
+        module.refresh()
+    except (IndexError, ValueError) as error:
+        raise CheckpointError(f"{path}: {name}: {error}") from error
 
 
 def _same_names(what: str, stated: Any, expected: set[str]) -> None:

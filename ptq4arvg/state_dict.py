@@ -6,6 +6,7 @@ with a file is said as a :class:`~ptq4arvg.errors.CheckpointError` that names th
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from ptq4arvg.errors import CheckpointError
 
-__all__ = ["load_strict", "read_state_dict", "write_safetensors_atomic"]
+__all__ = ["TensorFile", "check_fit", "load_strict", "read_state_dict", "write_safetensors_atomic"]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
@@ -114,6 +115,17 @@ def load_strict(module: nn.Module, state_dict: Mapping[str, Tensor], source: str
         raise ValueError(
             f"cannot load into the meta device ({_listed(on_meta)}); call module.to_empty(device=...) first"
         )
+    check_fit(module, state_dict, source)
+    module.load_state_dict(dict(state_dict), strict=True)
+
+
+def check_fit(module: nn.Module, state_dict: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """The checks of :func:`load_strict` alone; they look at names, shapes and dtypes, never at data.
+
+    Raises:
+        CheckpointError: as :func:`load_strict`.
+    """
+    target = module.state_dict()
     shared = [key for key in target if key in state_dict]
     problems = [
         ("missing", [key for key in target if key not in state_dict]),
@@ -138,7 +150,60 @@ def load_strict(module: nn.Module, state_dict: Mapping[str, Tensor], source: str
     found = [f"  {len(entries)} {kind}: {_listed(entries)}" for kind, entries in problems if entries]
     if found:
         raise CheckpointError(f"{source} does not fit {type(module).__name__}:\n" + "\n".join(found))
-    module.load_state_dict(dict(state_dict), strict=True)
+
+
+class TensorFile:
+    """Reads the tensors of a safetensors file one by one, each into memory of its own.
+
+    A mapped file stays in memory as long as any of its tensors; what is read here goes with the tensor.
+
+    Args:
+        path: a file that :func:`read_state_dict` has accepted.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = Path(path).open("rb")  # noqa: SIM115 (this object is the context manager)
+        length = int.from_bytes(self._file.read(8), "little")
+        self._entries: dict[str, Any] = json.loads(self._file.read(length))
+        self._entries.pop("__metadata__", None)
+        self._start = 8 + length
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def keys(self) -> list[str]:
+        return list(self._entries)
+
+    def read(self, key: str) -> Tensor:
+        """The tensor called ``key``.
+
+        Raises:
+            CheckpointError: the file ends too early.
+        """
+        entry = self._entries[key]
+        first, last = entry["data_offsets"]
+        data = torch.empty(last - first, dtype=torch.uint8)
+        self._file.seek(self._start + first)
+        if self._file.readinto(data.numpy().data) != last - first:
+            raise CheckpointError(f"{self._file.name} ends within {key}; copy the file again")
+        return data.view(_SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def write_safetensors_atomic(

@@ -202,7 +202,9 @@ class RAR(nn.Module):
         self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, config.pos_rows, dim))
         self.timesteps_embeddings = nn.Parameter(torch.zeros(1, config.time_rows, dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.embeddings = nn.Embedding(config.codebook + 1 + config.classes + 1, dim)
+        rows = config.codebook + 1 + config.classes + 1
+        # Given its weight, the module draws none: drawing on the meta device imports a computer algebra system.
+        self.embeddings = nn.Embedding(rows, dim, _weight=torch.zeros(rows, dim))
         self.adaln_before_head = FinalModulation(dim)
         self.lm_head = Linear(dim, config.codebook)
         self.fused_head: nn.Module | None = None
