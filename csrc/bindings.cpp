@@ -297,6 +297,7 @@ PYBIND11_MODULE(_cpu, m) {
         v.dense();
         advise_large_pages(v.as<uint8_t>(Element::u8), v.size(0));
     });
+    m.def("release_freed_memory", &release_freed_memory);
     m.def("pack", &ptq::pack);
     m.def("unpack", &ptq::unpack);
     m.def("quantize", &ptq::quantize);

@@ -9,6 +9,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 namespace ptq {
 
@@ -23,6 +26,14 @@ inline void advise_large_pages(void* data, int64_t bytes) {
 #else
     (void)data;
     (void)bytes;
+#endif
+}
+
+// Hands freed memory back to the system. glibc keeps what lies between blocks in use, which adds up to more than a
+// model when tensors of many sizes come and go, as they do while weights are rewritten.
+inline void release_freed_memory() {
+#if defined(__GLIBC__)
+    malloc_trim(0);
 #endif
 }
 

@@ -190,6 +190,8 @@ class BlockPlan:
             "softmax_scale": o.softmax_scale,
         }
         self._run = native.module().Block(plan).run
+        # The stored form of this block's weights is free by now; loading should not pile it up block by block.
+        native.module().release_freed_memory()
 
     def run(
         self,
