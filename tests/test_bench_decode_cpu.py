@@ -160,7 +160,8 @@ def test_memory_is_above_what_was_there_before(tmp_path: Path, tiny: None) -> No
     for steps in (None, 2):
         found = decode_memory.measure(path, "rar_b", "w6a6", 1, steps)
         assert found["imports_mb"] > 50
-        assert 0 <= found["loaded_mb"] <= found["load_peak_mb"] <= found["peak_memory_mb"] < 500
+        # This process frees memory of earlier tests meanwhile, so a tiny model may leave it smaller than before.
+        assert found["loaded_mb"] <= found["load_peak_mb"] <= found["peak_memory_mb"] < 500
 
 
 def test_a_failure_in_the_other_process_is_reported(tmp_path: Path) -> None:
