@@ -66,7 +66,8 @@ def measure(path: Path, model: str, contender: str, batch: int, steps: int | Non
     _restart_peak()
     before = _resident()
     generator = load(path, model, contender, mapped=True)
-    load_peak, loaded = _peak(), _resident()
+    loaded = _resident()  # first: looking takes memory too
+    load_peak = _peak()
     apart = _restart_peak()
     tokens = generator.config.tokens
     image(generator, batch, None if steps is None else 1)
