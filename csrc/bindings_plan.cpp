@@ -21,8 +21,6 @@ int run_team(int threads, const Kernel& kernel) {
     });
 }
 
-constexpr int64_t SERIAL_PRODUCTS = 1 << 17;  // below, waking the team costs more than it saves
-
 // A dictionary whose entries are tensors or None.
 class Operands {
   public:
@@ -181,16 +179,11 @@ class Block {
         p.qk_eps = o.get<float>("qk_eps");
         if (p.qk_kind == QkKind::l2 && !p.q_scale.data) throw std::invalid_argument("l2 needs q_scale");
         int64_t groups = 0;
-        const View k = o.view("k_table"), v = o.view("v_table"), group = o.view("kv_group");
-        k.shape({-1, p.heads, 4});
-        k.dense();
-        groups = k.size(0);
-        group.shape({-1});
-        slots_ = group.size(0);
-        p.tables = {k.as<const Grid>(Element::f32),
-                    reinterpret_cast<const Grid*>(dense_of<const float>(v, Element::f32, {groups, p.heads, 4})),
-                    dense_of<const int32_t>(group, Element::i32, {slots_})};
-        if (!good_cache_tables(p.tables, groups, p.heads)) k.fail("or v_table has a row that breaks the law");
+        p.tables = cache_tables(o.get<py::tuple>("k_table"), o.get<py::tuple>("v_table"), o.get<py::tuple>("kv_group"),
+                                p.heads, &groups, &slots_);
+        if (!good_cache_tables(p.tables, groups, p.heads)) {
+            o.view("k_table").fail("or v_table has a row that breaks the law");
+        }
         for (int64_t i = 0; i < slots_; ++i) in_range("kv_group", p.tables.group[i], 0, groups - 1);
         if (p.qk_kind == QkKind::rope) {
             const View rope = o.view("rope");

@@ -62,7 +62,7 @@ inline Cache cache_of(const char* name, const Tensor& tensor, int64_t batch, int
     return {v.as<int8_t>(Element::i8), v.stride(0), v.stride(1), v.size(2), v.size(3)};
 }
 
-// The tables, and whether every slot below `slots` names a group of lawful rows.
+// The tables and how many groups and slots they have; their data is checked by the caller.
 inline CacheTables cache_tables(const Tensor& k_table, const Tensor& v_table, const Tensor& group, int64_t heads,
                                 int64_t* groups, int64_t* slots) {
     const View k("k_table", k_table), v("v_table", v_table), g("kv_group", group);

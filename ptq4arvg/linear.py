@@ -237,11 +237,6 @@ class QuantLinear(nn.Module):
         Raises:
             ValueError: no positions although positions differ in scale, or a last axis that is not K.
         """
-        plan = self.plan
-        if plan is not None and positions is not None and x.dim() == 2 and self.planned(x.dtype) and plan.takes(x):
-            planned = plan(x, positions)
-            if planned is not None:
-                return planned
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features, this layer takes {self.in_features}")
         if positions is None:
@@ -252,8 +247,8 @@ class QuantLinear(nn.Module):
                 )
             positions = torch.zeros(1, dtype=torch.int64, device=x.device)
         rows = x.reshape(-1, self.in_features)
-        if plan is not None and self.planned(x.dtype):
-            planned = plan(rows.contiguous(), positions.contiguous())
+        if self.plan is not None and self.planned(x.dtype):
+            planned = self.plan(rows.contiguous(), positions.contiguous())
             if planned is not None:
                 return planned.view(*x.shape[:-1], self.out_features)
         # One operator at a time; after a plan that refused its input, these say what is wrong.

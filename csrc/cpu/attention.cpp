@@ -17,9 +17,8 @@
 namespace ptq::PTQ_NS {
 namespace {
 
-constexpr int GROUP = 4;                      // queries
-constexpr int64_t TASK_QUERIES = 32;          // queries of one task: they share the tables of the slots
-constexpr int64_t SERIAL_PRODUCTS = 1 << 17;  // below, waking the team costs more than it saves
+constexpr int GROUP = 4;              // queries
+constexpr int64_t TASK_QUERIES = 32;  // queries of one task: they share the tables of the slots
 // Vectors of output that fit into the registers.
 #if defined(PTQ_ISA_AVX512VNNI)
 constexpr int ACCUMULATORS = 16;

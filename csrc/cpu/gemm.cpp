@@ -22,18 +22,7 @@
 namespace ptq::PTQ_NS {
 namespace {
 
-constexpr int64_t CHUNK_BYTES = 512 * 1024;   // activations of one chunk of rows: they stay in the second-level cache
-constexpr int64_t SERIAL_PRODUCTS = 1 << 17;  // below, waking the team costs more than it saves
-
-inline int64_t smaller(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-inline int64_t larger(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-inline int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
+constexpr int64_t CHUNK_BYTES = 512 * 1024;  // activations of one chunk of rows: they stay in the second-level cache
 
 // One call: the operands in the form the products want, and the constants of the rows.
 struct Call {
@@ -50,7 +39,7 @@ struct Call {
 };
 
 void row_terms(const LinearArgs& args, RowTerm* terms) {
-    const int32_t offset = weight_offset(args.weights.bits, args.act_bits);
+    const int32_t offset = weight_offset(args.weights.bits);
     for (int64_t row = 0, p = 0; row < args.rows; ++row) {
         const int64_t position = args.positions.at(p);
         const Grid& grid = args.table.rows[position];

@@ -26,7 +26,7 @@ inline int64_t direct_limit(int bits) {
     return bits == 6 ? 4 : 2;
 }
 // What is added to every weight code, and therefore has to be taken out again with the row sums.
-inline int32_t weight_offset(int bits, int /*act_bits*/) {
+inline int32_t weight_offset(int bits) {
     return bits == 6 ? 32 : 0;
 }
 
@@ -38,11 +38,7 @@ inline bool operand_is_codes(int bits) {
     return bits == 6;
 }
 inline void convert_row(const int8_t* codes, int64_t in_features, int64_t padded, int bits, int8_t* out) {
-    if (bits == 6) {
-        __builtin_memcpy(out, codes, static_cast<size_t>(in_features));
-        __builtin_memset(out + in_features, 0, static_cast<size_t>(padded - in_features));
-        return;
-    }
+    if (bits == 6) return pad_row(codes, in_features, padded, out);
     int16_t* wide = reinterpret_cast<int16_t*>(out);
     for (int64_t k = 0; k < padded; k += 4, wide += 4) {
         int16_t four[4];

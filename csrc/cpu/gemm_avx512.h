@@ -20,7 +20,7 @@ inline int64_t direct_limit(int /*bits*/) {
     return 24;
 }
 // What is added to every weight code, and therefore has to be taken out again with the row sums.
-inline int32_t weight_offset(int bits, int /*act_bits*/) {
+inline int32_t weight_offset(int bits) {
     return bits == 6 ? 32 : 128;
 }
 
@@ -32,8 +32,7 @@ inline bool operand_is_codes(int /*bits*/) {
     return true;
 }
 inline void convert_row(const int8_t* codes, int64_t in_features, int64_t padded, int /*bits*/, int8_t* out) {
-    __builtin_memcpy(out, codes, static_cast<size_t>(in_features));
-    __builtin_memset(out + in_features, 0, static_cast<size_t>(padded - in_features));
+    pad_row(codes, in_features, padded, out);
 }
 
 #if defined(PTQ_EMULATE_AVX512)

@@ -17,7 +17,7 @@ inline int64_t direct_limit(int /*bits*/) {
     return 2;
 }
 // What is added to every weight code, and therefore has to be taken out again with the row sums.
-inline int32_t weight_offset(int bits, int /*act_bits*/) {
+inline int32_t weight_offset(int bits) {
     return bits == 6 ? 32 : 128;
 }
 
@@ -28,8 +28,7 @@ inline bool operand_is_codes(int /*bits*/) {
     return true;
 }
 inline void convert_row(const int8_t* codes, int64_t in_features, int64_t padded, int /*bits*/, int8_t* out) {
-    __builtin_memcpy(out, codes, static_cast<size_t>(in_features));
-    __builtin_memset(out + in_features, 0, static_cast<size_t>(padded - in_features));
+    pad_row(codes, in_features, padded, out);
 }
 
 inline void unpack_block(const uint8_t* p, int bits, uint8_t* u) {

@@ -39,6 +39,12 @@ PTQ_INLINE int64_t panel_count(int64_t out_features, bool paired) {
     return paired ? 2 * round_up(out_features / 2, PANEL) / PANEL : round_up(out_features, PANEL) / PANEL;
 }
 
+// A row of activation codes, zeros behind it up to the padded length.
+PTQ_INLINE void pad_row(const int8_t* codes, int64_t in_features, int64_t padded, int8_t* out) {
+    __builtin_memcpy(out, codes, static_cast<size_t>(in_features));
+    __builtin_memset(out + in_features, 0, static_cast<size_t>(padded - in_features));
+}
+
 struct PackShape {
     int64_t out_features, in_features;
     int bits;

@@ -11,12 +11,6 @@ namespace ptq::PTQ_NS {
 
 constexpr int64_t SERIAL_VALUES = 32768;  // below, waking the team costs more than it saves
 
-inline int64_t smaller(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-inline int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
 inline int64_t padded_lanes(int64_t width) {
     return ceil_div(width, LANES) * LANES;
 }

@@ -5,6 +5,9 @@
 
 namespace ptq {
 
+// Products (multiply-adds) below which waking the team costs more than it saves.
+constexpr int64_t SERIAL_PRODUCTS = 1 << 17;
+
 using Body = void (*)(void* context, int64_t task);
 
 // Calls body(context, task) once for every task in [0, tasks), on at most `threads` threads; the tasks are handed out

@@ -11,6 +11,16 @@
 
 namespace ptq {
 
+PTQ_INLINE int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+PTQ_INLINE int64_t larger(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+PTQ_INLINE int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 enum class Activation : int { none = 0, silu = 1, gelu_erf = 2, gelu_tanh = 3 };
 enum class NormKind : int { layer = 0, rms = 1 };

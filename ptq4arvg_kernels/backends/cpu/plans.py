@@ -120,10 +120,6 @@ class LayerPlan:
         operands["norm"] = None if norm is None else norm.native()
         self._run = native.module().Layer(operands).run
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether x is dense rows of this layer's width."""
-        return x.shape[-1] == self.layer.in_features and x.is_contiguous()
-
     def run(self, x: View, positions: View, modulation: View | None, modulation_rows: View | None, out: View) -> bool:
         """``out [M, N] = layer(x [M, K])``, all as views; False for bad data."""
         return bool(self._run(x, positions, modulation, modulation_rows, out, threads()) == OK)
