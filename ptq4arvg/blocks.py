@@ -182,6 +182,9 @@ class QuantBlock(nn.Module):
             pairs += [(norm.weight, kept.weight), (norm.bias, kept.bias)]
             if norm.scale_offset != kept.scale_offset:
                 return False
+        if self.q_norm is not None and self.k_norm is not None:
+            pairs += [(self.q_norm.weight, known.q_weight), (self.q_norm.bias, known.q_bias)]
+            pairs += [(self.k_norm.weight, known.k_weight), (self.k_norm.bias, known.k_bias)]
         if any(mine is not planned for mine, planned in pairs):
             return False
         return serving("block", self.qkv.call_spec(dtype)) is not None

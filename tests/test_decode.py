@@ -241,9 +241,10 @@ def test_a_copy_decodes_once_it_is_prepared(model: RAR) -> None:
     assert prepared(model)
 
 
-def test_an_operand_replaced_after_preparing_is_used(damaged: RAR) -> None:
+@pytest.mark.parametrize("name", ["norm1", "norm2", "q_norm", "k_norm"])
+def test_an_operand_replaced_after_preparing_is_used(damaged: RAR, name: str) -> None:
     tokens = damaged.generate(torch.arange(5), 1)
-    norm = damaged.blocks[0].norm1
+    norm = getattr(damaged.blocks[0], name)
     norm.bias = torch.nn.Parameter(norm.bias + 3.0, requires_grad=False)  # type: ignore[operator]
     assert not prepared(damaged)
     changed = damaged.generate(torch.arange(5), 1)
