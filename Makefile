@@ -33,7 +33,7 @@ help:
 	@echo "make build          compile csrc/ again if it changed"
 	@echo "make demo           run the demonstration"
 	@echo "make test           run the tests (JOBS=$(JOBS))"
-	@echo "make test-emulated  run the kernel tests with AVX-512 emulated: on a machine without it, its only test"
+	@echo "make test-emulated  run the kernel tests with AVX-512 and AMX emulated: without them, their only test"
 	@echo "make sanitize       run a part of the kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make check-full     run the slow tests; started again, it goes on where it stopped"
 	@echo "make bench-kernels  time single CPU kernels"
@@ -70,9 +70,9 @@ $(EMULATED)/.built: $(CSRC) setup.py | $(STAMP)
 	@mv $@.new $@
 
 test-emulated: $(BUILT) $(EMULATED)/.built
-	$(call MODULE,$(EMULATED)) $(PYTEST) --benchmark-disable tests/kernels -k avx512vnni
+	$(call MODULE,$(EMULATED)) $(PYTEST) --benchmark-disable tests/kernels -k "avx512vnni or amx"
 
-# With AVX-512 emulated: the sanitizers see its loads, also those in assembly, and need no machine that has it.
+# With AVX-512 and AMX emulated: the sanitizers see its loads, also those in assembly, and need no machine that has it.
 $(SANITIZED)/.built: $(CSRC) setup.py | $(STAMP)
 	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && touch $@.new
 	PTQ4ARVG_EMULATE=1 CXXFLAGS="$(SANITIZERS)" $(call BUILD_INTO,$(SANITIZED))

@@ -7,11 +7,13 @@ without compiled backends (the reference backend then serves everything).
 
 import os
 import platform
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CPU = "csrc/cpu"
@@ -51,10 +53,11 @@ X86_SETS = {
         "-mprefer-vector-width=512",
     ),
 }
+X86_SETS["AMX"] = (*X86_SETS["AVX512VNNI"], "-mamx-tile", "-mamx-int8")
 EMULATE = os.environ.get("PTQ4ARVG_EMULATE", "0") == "1"
 if EMULATE:
     # Speed matters little here. Aligned structures are passed as no old GCC did, which -Wpsabi would note.
-    X86_SETS["AVX512VNNI"] = ("-O2", "-Wno-psabi")
+    X86_SETS["AVX512VNNI"] = X86_SETS["AMX"] = ("-O2", "-Wno-psabi")
 
 
 def is_x86() -> bool:
@@ -64,14 +67,30 @@ def is_x86() -> bool:
 class BuildKernels(build_ext):
     """Compiles every file with the flags of its instruction set, in parallel."""
 
+    def accepts(self, flags: tuple[str, ...]) -> bool:
+        """Whether the compiler knows these flags."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "empty.cpp"
+            source.write_text("int unused;\n")
+            try:
+                self.compiler.compile([str(source)], output_dir=folder, extra_postargs=["-w", *flags])
+            except CompileError:
+                return False
+        return True
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        sets = X86_SETS if is_x86() else {"PORTABLE": ()}
+        sets = dict(X86_SETS) if is_x86() else {"PORTABLE": ()}
         extra = tuple(os.environ.get("CXXFLAGS", "").split())
+        without_amx = "AMX" in sets and not self.accepts(sets["AMX"])
+        if without_amx:  # GCC before 11, clang before 12
+            print("the compiler does not know AMX: building without that instruction set")
+            del sets["AMX"]
         include = [pybind11.get_include(), *self.compiler.include_dirs]
         common = [("PTQ_X86", "1")] if is_x86() else []
         common += [("PTQ_EMULATE_AVX512", "1")] if EMULATE else []
+        common += [("PTQ_NO_AMX", "1")] if without_amx else []
         jobs = [(source, "common", common, FLAGS) for source in COMMON]
         jobs += [
             (

@@ -4,6 +4,9 @@
 
 #include <time.h>
 
+#if defined(PTQ_ISA_AMX)
+#include "amx.h"
+#endif
 #include "prefetch.h"
 #include "threads.h"
 
@@ -25,7 +28,20 @@ double seconds() {
 volatile int32_t sink;
 
 // Each returns the operations of one call.
-#if defined(PTQ_ISA_AVX512VNNI)
+#if defined(PTQ_ISA_AMX)
+// Four independent accumulators, as in the kernels.
+int64_t loop(int /*bits*/, int /*act_bits*/) {
+    TileScope scope;
+    scope.shape(32);
+    for (int i = 0; i < ROUNDS; ++i) {
+        _tile_dpbsud(0, 6, 4);
+        _tile_dpbsud(1, 6, 5);
+        _tile_dpbsud(2, 7, 4);
+        _tile_dpbsud(3, 7, 5);
+    }
+    return int64_t{ROUNDS} * 4 * 16 * 16 * 64 * 2;
+}
+#elif defined(PTQ_ISA_AVX512VNNI)
 int64_t loop(int /*bits*/, int /*act_bits*/) {
     __m512i sum[24], w = _mm512_set1_epi8(3), q = _mm512_set1_epi8(-2);
 #pragma GCC unroll 24

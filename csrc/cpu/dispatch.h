@@ -13,7 +13,7 @@ struct InstructionSet {
     bool usable() const { return kernels != nullptr && supported; }
 };
 
-constexpr int INSTRUCTION_SETS = 3;
+constexpr int INSTRUCTION_SETS = 4;
 const InstructionSet* instruction_sets();
 
 // The kernels in use: the best usable set, until select() names another. select() returns false for a set that is

@@ -11,7 +11,9 @@
 #include "prefetch.h"
 #include "threads.h"
 
-#if defined(PTQ_ISA_AVX512VNNI)
+#if defined(PTQ_ISA_AMX)
+#include "gemm_amx.h"
+#elif defined(PTQ_ISA_AVX512VNNI)
 #include "gemm_avx512.h"
 #elif defined(PTQ_ISA_AVX2)
 #include "gemm_avx2.h"
@@ -21,8 +23,6 @@
 
 namespace ptq::PTQ_NS {
 namespace {
-
-constexpr int64_t CHUNK_BYTES = 512 * 1024;  // activations of one chunk of rows: they stay in the second-level cache
 
 // One call: the operands in the form the products want, and the constants of the rows.
 struct Call {
@@ -116,6 +116,18 @@ struct Ranges {
     }
 };
 
+// Rows cut into parts: of equal size, or of whole tiles with the rest in the last one.
+struct Cut {
+    int64_t rows, parts, size = 0;
+
+    Cut(int64_t rows, int64_t wanted) : rows(rows), parts(wanted) {
+        if (!WHOLE_TILES) return;
+        size = round_up(ceil_div(rows, wanted), TILE_ROWS);
+        parts = ceil_div(rows, size);
+    }
+    int64_t begin(int64_t part) const { return WHOLE_TILES ? smaller(rows, part * size) : rows * part / parts; }
+};
+
 void run_tiles(Call& call, int threads) {
     const LinearArgs& args = call.args;
     const int halves = args.weights.paired ? 2 : 1;
@@ -124,16 +136,17 @@ void run_tiles(Call& call, int threads) {
     const int64_t wanted = threads > 1 ? 4 * threads : 1;
     int64_t chunk = larger(TILE_ROWS * 8, CHUNK_BYTES / call.row_bytes);
     if (units < wanted) chunk = smaller(chunk, larger(TILE_ROWS * 4, ceil_div(args.rows * units, wanted)));
-    const int64_t chunks = ceil_div(args.rows, round_up(chunk, TILE_ROWS));
-    const Ranges ranges(units, threads, chunks);
+    const Cut chunks(args.rows, ceil_div(args.rows, round_up(chunk, TILE_ROWS)));
+    const Ranges ranges(units, threads, chunks.parts);
     const int64_t unpacked = unpacked_panel_bytes(call.padded, args.weights.bits);
 
-    parallel(threads, chunks * ranges.count, [&](int64_t task) {
+    parallel(threads, chunks.parts * ranges.count, [&](int64_t task) {
         uint8_t* panels = static_cast<uint8_t*>(thread_scratch(unpacked * unit * halves));
         alignas(64) int32_t acc[TILE_ROWS * (TILE_PANELS + 1) * PANEL];
-        const int64_t chunk_index = task / ranges.count, row_begin = args.rows * chunk_index / chunks,
-                      row_end = args.rows * (chunk_index + 1) / chunks, range = task % ranges.count;
-        const int64_t tiles = ceil_div(row_end - row_begin, TILE_ROWS);
+        TileScope scope;
+        const int64_t chunk_index = task / ranges.count, row_begin = chunks.begin(chunk_index),
+                      row_end = chunks.begin(chunk_index + 1), range = task % ranges.count;
+        const Cut tiles(row_end - row_begin, ceil_div(row_end - row_begin, TILE_ROWS));
         for (int64_t u = ranges.begin(range); u < ranges.begin(range + 1); ++u) {
             const int64_t first = u * unit, count = smaller(unit, call.half - first), all = count * halves;
             // Multiplied together, and interleaved: all of them, or one at a time where a tile holds but one panel.
@@ -146,10 +159,9 @@ void run_tiles(Call& call, int threads) {
             // The next tile's panels, spread evenly over the blocks of all tiles of rows of this one.
             const int64_t next = smaller(unit, call.half - first - unit), bytes = call.panel_size * larger(0, next);
             const int64_t steps = call.padded / BLOCK;  // of one tile of rows
-            const int64_t lines = ceil_div(bytes / 64, tiles * steps);
-            for (int64_t t = 0; t < tiles; ++t) {
-                const int64_t row = row_begin + (row_end - row_begin) * t / tiles,
-                              rows = row_begin + (row_end - row_begin) * (t + 1) / tiles - row;
+            const int64_t lines = ceil_div(bytes / 64, tiles.parts * steps);
+            for (int64_t t = 0; t < tiles.parts; ++t) {
+                const int64_t row = row_begin + tiles.begin(t), rows = row_begin + tiles.begin(t + 1) - row;
                 const int64_t stride = all * PANEL;
                 const int64_t done = t * steps * lines * 64;
                 Prefetch prefetch;
@@ -158,9 +170,11 @@ void run_tiles(Call& call, int threads) {
                     prefetch.lines = static_cast<int>(lines);
                 }
                 for (int64_t i = 0; i < all; i += together) {
-                    tile(static_cast<int>(together), static_cast<int>(rows), args.weights.bits, args.act_bits,
-                         call.a + row * call.row_bytes, call.row_bytes, panels + i * unpacked, call.padded,
-                         acc + i * PANEL, stride, i == 0 ? prefetch : Prefetch{});
+                    const TilePanels weights{call.panel(first), call.panel_size * (halves == 2 ? call.half : 1),
+                                             panels + i * unpacked, t == 0};
+                    tile(scope, static_cast<int>(together), static_cast<int>(rows), args.weights.bits, args.act_bits,
+                         call.a + row * call.row_bytes, call.row_bytes, weights, call.padded, acc + i * PANEL, stride,
+                         i == 0 ? prefetch : Prefetch{});
                 }
                 finish_rows(call, row, rows, first, count, acc, stride);
             }
@@ -193,8 +207,8 @@ Status linear(const LinearArgs& args, int threads) {
     const bool direct_path = args.rows <= direct_limit(w.bits);
     const int64_t groups = ceil_div(args.rows, DIRECT_GROUP);
     const bool interleave = direct_path && ceil_div(args.rows, groups) >= INTERLEAVED_ROWS;
-    const bool as_is = operand_is_codes(w.bits) && padded == w.in_features && !interleave;
-    const int64_t row_bytes = as_is ? padded : operand_row_bytes(padded, w.bits);
+    const int64_t row_bytes = operand_row_bytes(padded, w.bits);
+    const bool as_is = operand_is_codes(w.bits) && row_bytes == w.in_features && !interleave;
     const int64_t terms_bytes = round_up(args.rows * static_cast<int64_t>(sizeof(RowTerm)), 64);
     char* buffer = static_cast<char*>(call_scratch(terms_bytes + (as_is ? 0 : args.rows * row_bytes)));
     RowTerm* terms = reinterpret_cast<RowTerm*>(buffer);

@@ -9,6 +9,7 @@
 // widens them, with their sign, to the pairs that `vpmaddwd` multiplies; activations are stored in that order.
 #pragma once
 
+#include "gemm_vector.h"
 #include "isa.h"
 #include "pack.h"
 #include "prefetch.h"
@@ -285,8 +286,10 @@ inline void direct(int rows, int bits, int act_bits, const int8_t* a, int64_t st
     }
 }
 
-inline void tile(int /*panels*/, int rows, int bits, int act_bits, const int8_t* a, int64_t stride, const uint8_t* w,
-                 int64_t padded, int32_t* acc, int64_t acc_stride, const Prefetch& prefetch) {
+inline void tile(TileScope& /*scope*/, int /*panels*/, int rows, int bits, int act_bits, const int8_t* a,
+                 int64_t stride, const TilePanels& weights, int64_t padded, int32_t* acc, int64_t acc_stride,
+                 const Prefetch& prefetch) {
+    const uint8_t* w = weights.unpacked;
     switch (rows) {
         case 1:
             return tile_rows<1>(bits, act_bits, a, stride, w, padded, acc, acc_stride, prefetch);

@@ -1,6 +1,7 @@
 // Integer products in plain C++: int32 sums of unsigned weight u = w + 2^(bits-1) times signed activation.
 #pragma once
 
+#include "gemm_vector.h"
 #include "isa.h"
 #include "pack.h"
 #include "prefetch.h"
@@ -71,8 +72,10 @@ inline void unpack_panel(const uint8_t* panel, int64_t padded, int bits, int /*i
     for (int64_t k = 0; k < padded; k += BLOCK, panel += block_bytes(bits), out += 256) unpack_block(panel, bits, out);
 }
 
-inline void tile(int /*panels*/, int rows, int /*bits*/, int /*act_bits*/, const int8_t* a, int64_t stride,
-                 const uint8_t* w, int64_t padded, int32_t* acc, int64_t acc_stride, const Prefetch& /*prefetch*/) {
+inline void tile(TileScope& /*scope*/, int /*panels*/, int rows, int /*bits*/, int /*act_bits*/, const int8_t* a,
+                 int64_t stride, const TilePanels& weights, int64_t padded, int32_t* acc, int64_t acc_stride,
+                 const Prefetch& /*prefetch*/) {
+    const uint8_t* w = weights.unpacked;
     for (int r = 0; r < rows; ++r) __builtin_memset(acc + r * acc_stride, 0, 64);
     for (int64_t k = 0; k < padded; k += BLOCK, w += 256) {
         for (int r = 0; r < rows; ++r) multiply_block(w, a + r * stride + k, acc + r * acc_stride);

@@ -7,7 +7,11 @@
 #include <immintrin.h>
 #endif
 
+#if defined(PTQ_ISA_AMX)
+#define PTQ_NS amx
+#else
 #define PTQ_NS avx512vnni
+#endif
 
 namespace ptq::PTQ_NS {
 

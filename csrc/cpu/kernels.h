@@ -138,6 +138,7 @@ struct Kernels {
 // One per instruction set; nullptr when it was not compiled in.
 const Kernels* kernels_portable();
 const Kernels* kernels_avx2();
+const Kernels* kernels_amx();
 const Kernels* kernels_avx512vnni();
 
 }  // namespace ptq

@@ -121,7 +121,7 @@ def test_selecting_an_instruction_set() -> None:
         assert not module.select("sse2")
         assert module.instruction_set() == INSTRUCTION_SETS[-1]
         names = [name for name, _, _ in module.instruction_sets()]
-        assert names == ["avx512vnni", "avx2", "portable"]
+        assert names == ["amx", "avx512vnni", "avx2", "portable"]
         for name, compiled, supported in module.instruction_sets():
             assert module.select(name) == (compiled and supported)
     finally:
@@ -180,13 +180,14 @@ def test_limits_of_the_machine(instruction_set: str) -> None:
 
 
 @pytest.mark.skipif("PTQ4ARVG_CPU_MODULE" not in native.os.environ, reason="run by `make test-emulated`")
+@pytest.mark.parametrize("instruction_set", ["amx", "avx512vnni"])
 @pytest.mark.parametrize("shape", cpu_cases.SHAPES)
-def test_emulated_avx512vnni_equals_the_hardware(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running("avx512vnni"):
+def test_emulated_set_equals_the_hardware(shape: str, instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(instruction_set):
         emulated = results(shape)
     installed = native.load()
     monkeypatch.setattr(native, "_MODULE", installed)
-    if "avx512vnni" not in instruction_sets():
-        pytest.skip("this machine has no AVX-512 VNNI")
-    with running("avx512vnni"):
+    if instruction_set not in instruction_sets():
+        pytest.skip(f"this machine has no {instruction_set}")
+    with running(instruction_set):
         assert_same(results(shape), emulated)

@@ -136,6 +136,13 @@ def test_rows_across_tiles(backend: str, w_bits: int, act_bits: list[int]) -> No
         assert np.array_equal(_integers(case), case.corrected().astype(np.float32)), rows
 
 
+@pytest.mark.parametrize("w_bits", [6, 8])
+def test_rows_across_chunks(backend: str, w_bits: int) -> None:
+    """More activations than fit into the second-level cache, the last tile of each kind ragged."""
+    case = linear_case(723, 83, 3001, w_bits, [8], bias=False, unit=True)
+    assert np.array_equal(_integers(case), case.corrected().astype(np.float32))
+
+
 @pytest.mark.parametrize("instruction_set", instruction_sets())
 @pytest.mark.parametrize("bits", [6, 8])
 def test_many_rows_of_a_small_layer(instruction_set: str, bits: int) -> None:

@@ -1,0 +1,15 @@
+// What the products with vector registers have in common, unlike those with tile registers (gemm_amx.h).
+#pragma once
+
+#include "gemm_panels.h"
+#include "types.h"
+
+namespace ptq::PTQ_NS {
+
+constexpr bool WHOLE_TILES = false;          // rows may be shared out evenly: a tile of fewer rows costs less
+constexpr int64_t CHUNK_BYTES = 512 * 1024;  // activations of one chunk of rows: they stay in the second-level cache
+
+// State of a task's tile registers.
+struct TileScope {};
+
+}  // namespace ptq::PTQ_NS
