@@ -28,7 +28,7 @@ from ptq4arvg_kernels import (
     qkv_append,
     quantize,
 )
-from ptq4arvg_kernels.backends.cpu.plans import BlockOperands, BlockPlan, LayerPlan, NormOperands
+from ptq4arvg_kernels.plans import BlockOperands, BlockPlan, LayerPlan, NormOperands
 from ptq4arvg_kernels.registry import serving
 from ptq4arvg_kernels.tables import make_kv_table
 

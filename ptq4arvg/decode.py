@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ptq4arvg.blocks import QuantBlock, QuantHead
 from ptq4arvg.kv_cache import Int8KVCache
 from ptq4arvg.linear import QuantLinear
+from ptq4arvg_kernels.backends.cpu import plans
 from ptq4arvg_kernels.backends.cpu.native import View, view
 
 __all__ = ["Decoder", "can_decode"]
@@ -27,13 +28,15 @@ Conditions = Callable[[Tensor, int], None]
 
 
 def can_decode(blocks: Sequence[nn.Module], head: nn.Module | None) -> bool:
-    """Whether all of the model is prepared for a backend that serves it now, in float32."""
+    """Whether all of the model is prepared for the CPU backend and served by it now, in float32."""
     dtype = torch.float32
-    if not isinstance(head, QuantHead) or not head.planned(dtype):
+    if not isinstance(head, QuantHead) or not isinstance(head.plan, plans.LayerPlan) or not head.planned(dtype):
         return False
     layers = [head.adaln]
     for block in blocks:
-        if not isinstance(block, QuantBlock) or not block.planned(dtype):
+        if not isinstance(block, QuantBlock) or not isinstance(block.plan, plans.BlockPlan):
+            return False
+        if not block.planned(dtype):
             return False
         layers.append(block.adaln)
     return all(layer is None or layer.planned(dtype) for layer in layers)
@@ -43,7 +46,7 @@ class _Modulation:
     """Modulation channels of the present chunk of positions, for one modulation layer."""
 
     def __init__(self, layer: QuantLinear, rows: int) -> None:
-        assert layer.plan is not None
+        assert isinstance(layer.plan, plans.LayerPlan)
         self.values = torch.empty(rows, layer.out_features)
         self.view = view(self.values)
         self._run = layer.plan.run
@@ -101,7 +104,7 @@ class Decoder:
         self._steps: list[tuple[Callable[..., bool], tuple[Any, ...], tuple[Any, ...]]] = []
         x, position, end, map_view = view(self.x), view(self._position), view(self._end), view(self._rows)
         for block, cache, modulation in zip(blocks, caches, self._modulations, strict=False):
-            assert block.plan is not None
+            assert isinstance(block.plan, plans.BlockPlan)
             ahead = (x, position, end)
             behind = (
                 None if modulation is None else modulation.view,
@@ -111,7 +114,7 @@ class Decoder:
                 x,
             )
             self._steps.append((block.plan.run, ahead, behind))
-        assert head.plan is not None
+        assert isinstance(head.plan, plans.LayerPlan)
         last = self._modulations[-1]
         self._head_run = head.plan.run
         self._head_views = (

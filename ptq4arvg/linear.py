@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ptq4arvg_kernels import linear, quantize
-from ptq4arvg_kernels.backends.cpu.plans import LayerPlan, PackedLayer
 from ptq4arvg_kernels.ops import Activation
 from ptq4arvg_kernels.packing import column_sums, pack, packed_row_bytes, unpack
+from ptq4arvg_kernels.plans import LayerPlan, PackedWeights
 from ptq4arvg_kernels.registry import OpSpec, Served, serving
 from ptq4arvg_kernels.tables import make_table
 
@@ -78,7 +78,7 @@ class QuantLinear(nn.Module):
         self.table: Tensor
         self.col_sums: Tensor
         self._served = Served("layer", self.call_spec)
-        self.packed: PackedLayer | None = None
+        self.packed: PackedWeights | None = None
         self.plan: LayerPlan | None = None
 
     # --- weights in a backend's own order -----------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class QuantLinear(nn.Module):
             self.register_buffer("qweight", packed.qweight())
 
     def __getattr__(self, name: str) -> Any:
-        packed: PackedLayer | None = self.__dict__.get("packed")
+        packed: PackedWeights | None = self.__dict__.get("packed")
         if name == "qweight" and packed is not None:
             return packed.qweight()
         return super().__getattr__(name)

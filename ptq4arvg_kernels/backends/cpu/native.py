@@ -1,8 +1,8 @@
 """The compiled module, if this installation has it, and how tensors are handed to it.
 
 Environment: ``PTQ4ARVG_CPU_ISA`` names an instruction set (``amx``, ``avx512vnni``, ``avx2``, ``portable``) to use
-instead of the best one of the machine. ``PTQ4ARVG_CPU_MODULE`` is the path of a compiled module to load instead of the installed
-one, such as a build for sanitizers.
+instead of the best one of the machine. ``PTQ4ARVG_CPU_MODULE`` is the path of a compiled module to load instead of the
+installed one, such as a build for sanitizers.
 """
 
 from __future__ import annotations

@@ -7,46 +7,29 @@ outside a table, a NaN), with nothing of the output defined; the operators, give
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ...plans import BlockOperands, NormOperands, PackedWeights
 from . import native
 from .native import ACTIVATIONS, NORMS, OK, QK_KINDS, View, maybe, threads, view
 from .operators import SWIGLU
 from .weights import pack_panels, unpack_panels
 
 
-@dataclass(frozen=True)
-class NormOperands:
-    """A norm, and which chunks of the modulation it reads (-1: none).
-
-    ``scale_offset`` and the affine vectors as in :func:`ptq4arvg_kernels.adaln_quant`; ``gate`` is the chunk that
-    multiplies the result of what the norm feeds, in a block.
-    """
-
-    kind: str
-    eps: float
-    weight: Tensor | None
-    bias: Tensor | None
-    scale_offset: float
-    scale: int = -1
-    shift: int = -1
-    gate: int = -1
-
-    def native(self) -> dict[str, Any]:
-        return {
-            "kind": NORMS[self.kind],
-            "eps": self.eps,
-            "weight": _dense(self.weight),
-            "bias": _dense(self.bias),
-            "offset": self.scale_offset,
-            "scale": self.scale,
-            "shift": self.shift,
-            "gate": self.gate,
-        }
+def _norm(norm: NormOperands) -> dict[str, Any]:
+    return {
+        "kind": NORMS[norm.kind],
+        "eps": norm.eps,
+        "weight": _dense(norm.weight),
+        "bias": _dense(norm.bias),
+        "offset": norm.scale_offset,
+        "scale": norm.scale,
+        "shift": norm.shift,
+        "gate": norm.gate,
+    }
 
 
 def _dense(tensor: Tensor | None) -> View | None:
@@ -114,10 +97,10 @@ class LayerPlan:
         norm: the norm in front of it, or None.
     """
 
-    def __init__(self, layer: PackedLayer, activation: str = "none", norm: NormOperands | None = None) -> None:
+    def __init__(self, layer: PackedWeights, activation: str = "none", norm: NormOperands | None = None) -> None:
         self.layer, self.norm = layer, norm  # kept alive: the native plan holds addresses
-        operands = layer.native() | {"activation": ACTIVATIONS[activation]}
-        operands["norm"] = None if norm is None else norm.native()
+        operands = cast(PackedLayer, layer).native() | {"activation": ACTIVATIONS[activation]}
+        operands["norm"] = None if norm is None else _norm(norm)
         self._run = native.module().Layer(operands).run
 
     def run(self, x: View, positions: View, modulation: View | None, modulation_rows: View | None, out: View) -> bool:
@@ -133,37 +116,6 @@ class LayerPlan:
         return out if good else None
 
 
-@dataclass(frozen=True)
-class BlockOperands:
-    """A transformer block: everything a call does not bring.
-
-    ``activation`` is one of the operators' or ``"swiglu"`` (fc1 then paired). Vectors of q and k as in
-    :func:`ptq4arvg_kernels.qkv_append`.
-    """
-
-    heads: int
-    head_dim: int
-    norm1: NormOperands
-    norm2: NormOperands
-    qkv: PackedLayer
-    proj: PackedLayer
-    fc1: PackedLayer
-    fc2: PackedLayer
-    activation: str
-    qk_kind: str
-    qk_eps: float
-    q_weight: Tensor | None
-    q_bias: Tensor | None
-    k_weight: Tensor | None
-    k_bias: Tensor | None
-    q_scale: Tensor | None
-    rope: Tensor | None
-    k_table: Tensor
-    v_table: Tensor
-    kv_group: Tensor
-    softmax_scale: float
-
-
 class BlockPlan:
     """A transformer block in one call (csrc/cpu/block.cpp).
 
@@ -176,7 +128,8 @@ class BlockPlan:
         o = operands
         vectors = ("q_weight", "q_bias", "k_weight", "k_bias", "q_scale", "rope", "k_table", "v_table", "kv_group")
         plan: dict[str, Any] = {name: _dense(getattr(o, name)) for name in vectors}
-        plan |= {name: getattr(o, name).native() for name in ("norm1", "norm2", "qkv", "proj", "fc1", "fc2")}
+        plan |= {name: getattr(o, name).native() for name in ("qkv", "proj", "fc1", "fc2")}
+        plan |= {"norm1": _norm(o.norm1), "norm2": _norm(o.norm2)}
         plan |= {
             "heads": o.heads,
             "head_dim": o.head_dim,
