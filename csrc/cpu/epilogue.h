@@ -23,52 +23,75 @@ struct RowTerm {
     int32_t position;
 };
 
-inline F dequantize(const Weights& w, const RowTerm& row, int64_t channel, int64_t n, const int32_t* acc) {
-    const I correction = set1i(row.offset_sum) +
-                         set1i(row.zq) * (n < LANES ? loadi_n(w.col_sums + channel, n) : loadi(w.col_sums + channel));
-    const F scale = n < LANES ? load_n(w.scale + channel, n) : load(w.scale + channel);
-    const F y = (set1(row.delta) * scale) * to_float(loadi(acc) - correction);
-    if (!w.bias) return y;
-    return y + (n < LANES ? load_n(w.bias + channel, n) : load(w.bias + channel));
-}
+// Constants of the n <= 16 channels from `first`: loaded once, used for all rows of a tile.
+struct Channels {
+    int64_t first, n;
+    I col_sums;
+    F scale, bias;
+    bool biased;
 
-// Codes of 16 lanes; false if one of the first n is not finite.
-inline bool put_codes(const Epilogue& e, int64_t width, int64_t row, const RowTerm& term, int64_t channel, int64_t n,
-                      F y) {
+    Channels(const Weights& w, int64_t first, int64_t n)
+        : first(first),
+          n(n),
+          col_sums(n < LANES ? loadi_n(w.col_sums + first, n) : loadi(w.col_sums + first)),
+          scale(n < LANES ? load_n(w.scale + first, n) : load(w.scale + first)),
+          bias(set1(0)),
+          biased(w.bias != nullptr) {
+        if (biased) bias = n < LANES ? load_n(w.bias + first, n) : load(w.bias + first);
+    }
+    F dequantize(const RowTerm& row, const int32_t* acc) const {
+        const I exact = loadi(acc) - (set1i(row.offset_sum) + set1i(row.zq) * col_sums);
+        const F y = (set1(row.delta) * scale) * to_float(exact);
+        return biased ? y + bias : y;
+    }
+};
+
+// Codes of 16 lanes, `width` per row of the output; false if one of them is not finite (lanes beyond n hold 0).
+inline bool put_codes(const Epilogue& e, int64_t width, int64_t row, const RowTerm& term, const Channels& c, F y) {
     const I codes = Quantizer(e.out_table.rows[term.position])(y);
-    int8_t* out = e.codes.codes + row * width + channel;
-    n < LANES ? store_i8_n(out, codes, n) : store_i8(out, codes);
-    return all(finite(y));  // lanes beyond n hold 0
+    int8_t* out = e.codes.codes + row * width + c.first;
+    c.n < LANES ? store_i8_n(out, codes, c.n) : store_i8(out, codes);
+    return all(finite(y));
 }
 
-// n <= 16 channels from `channel` of row `row`; `second` are the products of the channels N/2 further on (swiglu).
-inline bool finish(const LinearArgs& args, int64_t row, const RowTerm& term, int64_t channel, int64_t n,
-                   const int32_t* acc, const int32_t* second) {
-    const Weights& w = args.weights;
-    const Epilogue& e = args.epilogue;
-    const F y = dequantize(w, term, channel, n, acc);
+// Sums of the rows [row, row + rows) of one panel, `stride` apart in `acc`; those of its partner in `second` (swiglu).
+// False if a value to be quantized is not finite.
+inline bool finish(const LinearArgs& args, const RowTerm* terms, int64_t row, int64_t rows, int64_t channel, int64_t n,
+                   const int32_t* acc, const int32_t* second, int64_t stride) {
+    const Epilogue e = args.epilogue;  // a copy: no store through a pointer can change it, so it stays in registers
+    const int64_t out_features = args.weights.out_features, half = out_features / 2, end = row + rows;
+    const Channels c(args.weights, channel, n);
+    bool good = true;
+    terms += row;
     switch (e.kind) {
         case Epilogue::Kind::store:
-            store(e.out.row(row), e.out.dtype, channel, activate(y, e.activation), n);
-            return true;
-        case Epilogue::Kind::quant:
-            return put_codes(e, w.out_features, row, term, channel, n, activate(y, e.activation));
-        case Epilogue::Kind::swiglu_quant: {
-            const int64_t half = w.out_features / 2;
-            const F gated = activate(y, Activation::silu) * dequantize(w, term, half + channel, n, second);
-            return put_codes(e, half, row, term, channel, n, gated);
-        }
-        case Epilogue::Kind::gate_residual: {
-            F update = y;
-            if (e.gate.data) {
-                update = load(e.gate.row(e.gate_rows.at(row)), e.gate.dtype, channel, n) * y;
+            for (; row < end; ++row, ++terms, acc += stride) {
+                store(e.out.row(row), e.out.dtype, channel, activate(c.dequantize(*terms, acc), e.activation), n);
             }
-            store(e.out.row(row), e.out.dtype, channel,
-                  load(e.residual.row(row), e.residual.dtype, channel, n) + update, n);
-            return true;
+            break;
+        case Epilogue::Kind::quant:
+            for (; row < end; ++row, ++terms, acc += stride) {
+                good &= put_codes(e, out_features, row, *terms, c, activate(c.dequantize(*terms, acc), e.activation));
+            }
+            break;
+        case Epilogue::Kind::swiglu_quant: {
+            const Channels partner(args.weights, half + channel, n);
+            for (; row < end; ++row, ++terms, acc += stride, second += stride) {
+                const F gated = activate(c.dequantize(*terms, acc), Activation::silu);
+                good &= put_codes(e, half, row, *terms, c, gated * partner.dequantize(*terms, second));
+            }
+            break;
         }
+        case Epilogue::Kind::gate_residual:
+            for (; row < end; ++row, ++terms, acc += stride) {
+                F update = c.dequantize(*terms, acc);
+                if (e.gate.data) update = load(e.gate.row(e.gate_rows.at(row)), e.gate.dtype, channel, n) * update;
+                store(e.out.row(row), e.out.dtype, channel,
+                      load(e.residual.row(row), e.residual.dtype, channel, n) + update, n);
+            }
+            break;
     }
-    return true;
+    return good;
 }
 
 }  // namespace ptq::PTQ_NS

@@ -56,13 +56,10 @@ void finish_rows(Call& call, int64_t row0, int64_t rows, int64_t first, int64_t 
     const int64_t width =
         call.args.weights.paired ? call.args.weights.out_features / 2 : call.args.weights.out_features;
     bool finite = true;
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t p = 0; p < count; ++p) {
-            const int64_t channel = (first + p) * PANEL;
-            const int32_t* own = acc + r * stride + p * PANEL;
-            finite &= finish(call.args, row0 + r, call.terms[row0 + r], channel, smaller(PANEL, width - channel), own,
-                             own + count * PANEL);
-        }
+    for (int64_t p = 0; p < count; ++p) {
+        const int64_t channel = (first + p) * PANEL;
+        finite &= finish(call.args, call.terms, row0, rows, channel, smaller(PANEL, width - channel), acc + p * PANEL,
+                         acc + (count + p) * PANEL, stride);
     }
     if (!finite) __atomic_store_n(&call.not_finite, 1, __ATOMIC_RELAXED);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -134,7 +135,7 @@ def test_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         monkeypatch.setenv("PTQ4ARVG_CPU_ISA", "portable")
         assert native._choose()[1] is None
-        assert module.instruction_set() == "portable" or "PTQ4ARVG_CPU_MODULE" in native.os.environ
+        assert module.instruction_set() == "portable" or "PTQ4ARVG_CPU_MODULE" in os.environ
         monkeypatch.setenv("PTQ4ARVG_CPU_ISA", "mmx")
         chosen, reason = native._choose()
         assert chosen is None
@@ -179,15 +180,40 @@ def test_limits_of_the_machine(instruction_set: str) -> None:
     assert native.module().measure_read(1 << 22, 2, 2) > 1e6
 
 
-@pytest.mark.skipif("PTQ4ARVG_CPU_MODULE" not in native.os.environ, reason="run by `make test-emulated`")
-@pytest.mark.parametrize("instruction_set", ["amx", "avx512vnni"])
+EMULATED_SETS = ("amx", "avx512vnni")
+ON_HARDWARE = """
+import sys
+import torch
+from ptq4arvg_kernels.backends.cpu import native
+from tests.kernels.cpu_cases import SHAPES, results, running
+from tests.kernels.kernel_cases import instruction_sets
+found = {}
+for name in set(sys.argv[2:]) & set(instruction_sets()):
+    with running(name):
+        found[name] = {shape: results(shape) for shape in SHAPES}
+torch.save((native.module().__file__, found), sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def on_hardware(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, cpu_cases.Results]]]:
+    """Results of the installed module, by set and shape. Another process: Python keeps one module of a name."""
+    path = tmp_path_factory.mktemp("hardware") / "results.pt"
+    environment = {name: value for name, value in os.environ.items() if name != "PTQ4ARVG_CPU_MODULE"}
+    command = [sys.executable, "-c", ON_HARDWARE, str(path), *EMULATED_SETS]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    module, found = torch.load(path)
+    assert module != native.module().__file__
+    return found
+
+
+@pytest.mark.skipif("PTQ4ARVG_CPU_MODULE" not in os.environ, reason="run by `make test-emulated`")
+@pytest.mark.parametrize("instruction_set", EMULATED_SETS)
 @pytest.mark.parametrize("shape", cpu_cases.SHAPES)
-def test_emulated_set_equals_the_hardware(shape: str, instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(instruction_set):
-        emulated = results(shape)
-    installed = native.load()
-    monkeypatch.setattr(native, "_MODULE", installed)
-    if instruction_set not in instruction_sets():
+def test_emulated_set_equals_the_hardware(
+    shape: str, instruction_set: str, on_hardware: dict[str, dict[str, dict[str, cpu_cases.Results]]]
+) -> None:
+    if instruction_set not in on_hardware:
         pytest.skip(f"this machine has no {instruction_set}")
     with running(instruction_set):
-        assert_same(results(shape), emulated)
+        assert_same(results(shape), on_hardware[instruction_set][shape])

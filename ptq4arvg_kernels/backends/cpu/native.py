@@ -36,6 +36,8 @@ OK = 0
 def load(path: str | None = None) -> ModuleType:
     """The compiled module of this installation, or of the file ``path``.
 
+    One per process: Python hands out the first one again, whatever the path.
+
     Raises:
         ImportError: there is none, or it does not fit this Python.
     """
