@@ -29,7 +29,7 @@ from ptq4arvg_kernels import (
     quantize,
 )
 from ptq4arvg_kernels.plans import BlockOperands, BlockPlan, LayerPlan, NormOperands
-from ptq4arvg_kernels.registry import serving
+from ptq4arvg_kernels.registry import Served, serving
 from ptq4arvg_kernels.tables import make_kv_table
 
 __all__ = ["QuantBlock", "QuantHead", "prepare"]
@@ -132,6 +132,7 @@ class QuantBlock(nn.Module):
         self.v_table: Tensor
         self.kv_group: Tensor
         self.plan: BlockPlan | None = None
+        self._served: Served | None = None
         self.refresh()
 
     def _layers(self) -> dict[str, QuantLinear]:
@@ -169,11 +170,12 @@ class QuantBlock(nn.Module):
             softmax_scale=attention.softmax_scale,
         )
         self.plan = backend.implementations["block"](operands)
+        self._served = Served("block", self.qkv.call_spec)
         return True
 
     def planned(self, dtype: torch.dtype) -> bool:
         """Whether what :meth:`prepare` made serves the next call: same operands, same backend."""
-        if self.plan is None or torch.compiler.is_compiling():
+        if self.plan is None or self._served is None or torch.compiler.is_compiling():
             return False
         known = self.plan.operands
         pairs: list[tuple[Any, Any]] = [(layer.packed, getattr(known, role)) for role, layer in self._layers().items()]
@@ -187,7 +189,7 @@ class QuantBlock(nn.Module):
             pairs += [(self.k_norm.weight, known.k_weight), (self.k_norm.bias, known.k_bias)]
         if any(mine is not planned for mine, planned in pairs):
             return False
-        return serving("block", self.qkv.call_spec(dtype)) is not None
+        return self._served(dtype) is not None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantBlock:
         self.plan = None
@@ -195,7 +197,7 @@ class QuantBlock(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"plan": None}
+        return self.__dict__ | {"plan": None, "_served": None}
 
     def refresh(self) -> None:
         """Derive the key and value tables from the saved parameters.
