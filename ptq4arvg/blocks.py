@@ -32,7 +32,7 @@ from ptq4arvg_kernels.plans import BlockOperands, BlockPlan, LayerPlan, NormOper
 from ptq4arvg_kernels.registry import Served, serving
 from ptq4arvg_kernels.tables import make_kv_table
 
-__all__ = ["QuantBlock", "QuantHead", "prepare"]
+__all__ = ["QuantBlock", "QuantHead", "prepare", "restore"]
 
 
 def prepare(model: nn.Module) -> bool:
@@ -46,6 +46,15 @@ def prepare(model: nn.Module) -> bool:
         if isinstance(module, QuantBlock | QuantHead):
             served = module.prepare() or served
     return served
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`prepare`: weights as stored, operators one by one, as ``torch.export`` needs them."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.restore()
+        elif isinstance(module, QuantBlock | QuantHead):
+            module.plan = None
 
 
 def _norm_operands(norm: Norm, spec: Modulation | None, gate: bool = True) -> NormOperands:

@@ -115,6 +115,11 @@ class QuantLinear(nn.Module):
     def __getattr__(self, name: str) -> Any:
         packed: PackedWeights | None = self.__dict__.get("packed")
         if name == "qweight" and packed is not None:
+            if torch.compiler.is_exporting():
+                raise RuntimeError(
+                    "this model is prepared for the backend of its device, whose weights cannot be exported; call "
+                    "ptq4arvg.blocks.restore(model) before torch.export"
+                )
             return packed.qweight()
         return super().__getattr__(name)
 

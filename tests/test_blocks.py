@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptq4arvg.blocks import QuantBlock, QuantHead
+from ptq4arvg.blocks import QuantBlock, QuantHead, prepare, restore
 from ptq4arvg.kv_cache import Int8KVCache
 from ptq4arvg.linear import QuantLinear
 from ptq4arvg.nn import Condition, Norm, Window
@@ -245,6 +245,55 @@ def test_decode_step_compiles_without_graph_breaks(backend: str, modulated: bool
             assert torch.equal(y, expected)
     assert torch.equal(caches[0].k, caches[1].k)
     assert torch.equal(caches[0].v, caches[1].v)
+
+
+class DecodeStep(nn.Module):
+    """A block's step on tensors alone, as an exported program takes them."""
+
+    def __init__(self, block: QuantBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, values: Tensor, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = self.block.new_cache(0, 0)
+        cache.k, cache.v = k, v
+        part = Window(positions, (positions + 1).to(torch.int32), LENGTH)
+        return self.block(x, Condition(values, rows, positions.repeat(2)), part, cache)
+
+
+def test_decode_step_is_exported() -> None:
+    """One program for every position: the operators are in it, and positions are data."""
+    block, x = make_block(True, "gelu_erf", 6, 6), stream(2)
+    step = DecodeStep(block)
+
+    def arguments(position: int) -> tuple[Tensor, ...]:
+        positions, cache = torch.tensor([position]), block.new_cache(2, LENGTH)
+        given = condition(2, positions)
+        return x[:, position : position + 1].contiguous(), given.values, given.rows, positions, cache.k, cache.v
+
+    with torch.no_grad():
+        program = torch.export.export(step, arguments(3))
+        called = [str(node.target).split(".")[1] for node in program.graph.nodes if "ptq4arvg" in str(node.target)]
+        modulation, attend = ["quantize", "linear"], ["qkv_append", "attention", "quantize", "linear_gate_residual"]
+        mlp = ["adaln_quant", "linear_quant", "linear_gate_residual"]
+        assert called == modulation + ["adaln_quant", "linear"] + attend + mlp
+        for position in (0, 5):
+            before, after = arguments(position), arguments(position)
+            assert torch.equal(program.module()(*after), step(*before))
+            assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_a_prepared_block_says_how_to_export_it() -> None:
+    block = make_block(True, "gelu_erf", 6, 6)
+    if not prepare(block):
+        pytest.skip("no backend here prepares blocks")
+    positions, cache, given = torch.tensor([2]), block.new_cache(2, LENGTH), condition(2, torch.tensor([2]))
+    arguments = (stream(2)[:, 2:3].contiguous(), given.values, given.rows, positions, cache.k, cache.v)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match=r"blocks\.restore\(model\)"):
+            torch.export.export(DecodeStep(block), arguments)
+        restore(block)
+        torch.export.export(DecodeStep(block), arguments)
 
 
 @pytest.mark.parametrize("modulated", [True, False])
