@@ -276,7 +276,7 @@ def test_decode_step_is_exported() -> None:
         called = [str(node.target).split(".")[1] for node in program.graph.nodes if "ptq4arvg" in str(node.target)]
         modulation, attend = ["quantize", "linear"], ["qkv_append", "attention", "quantize", "linear_gate_residual"]
         mlp = ["adaln_quant", "linear_quant", "linear_gate_residual"]
-        assert called == modulation + ["adaln_quant", "linear"] + attend + mlp
+        assert called == [*modulation, "adaln_quant", "linear", *attend, *mlp]
         for position in (0, 5):
             before, after = arguments(position), arguments(position)
             assert torch.equal(program.module()(*after), step(*before))

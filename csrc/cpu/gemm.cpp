@@ -148,7 +148,10 @@ void run_tiles(Call& call, int threads) {
             const int64_t first = u * unit, count = smaller(unit, call.half - first), all = count * halves;
             // Multiplied together, and interleaved: all of them, or one at a time where a tile holds but one panel.
             const int64_t together = smaller(all, TILE_PANELS);
-            for (int64_t i = 0; i < all; ++i) {
+            // Partners of a paired layer are half of it apart.
+            const int64_t apart = halves == 1 ? 1 : count == 1 ? call.half : 0;
+            TilePanels weights{call.panel(first), call.panel_size * apart, panels, true};
+            for (int64_t i = 0; i < all && !reads_stored(args.weights.bits, weights); ++i) {
                 unpack_panel(call.panel(first + i % count + i / count * call.half), call.padded, args.weights.bits,
                              static_cast<int>(i % together), static_cast<int>(together),
                              panels + i / together * together * unpacked);
@@ -167,13 +170,13 @@ void run_tiles(Call& call, int threads) {
                     prefetch.lines = static_cast<int>(lines);
                 }
                 for (int64_t i = 0; i < all; i += together) {
-                    const TilePanels weights{call.panel(first), call.panel_size * (halves == 2 ? call.half : 1),
-                                             panels + i * unpacked, t == 0};
+                    weights.unpacked = panels + i * unpacked;
                     tile(scope, static_cast<int>(together), static_cast<int>(rows), args.weights.bits, args.act_bits,
                          call.a + row * call.row_bytes, call.row_bytes, weights, call.padded, acc + i * PANEL, stride,
                          i == 0 ? prefetch : Prefetch{});
                 }
                 finish_rows(call, row, rows, first, count, acc, stride);
+                weights.first = false;
             }
         }
     });

@@ -32,7 +32,10 @@ inline void convert_row(const int8_t* codes, int64_t in_features, int64_t padded
 inline int64_t unpacked_panel_bytes(int64_t padded, int /*bits*/) {
     return round_up(padded, TILE_K) * PANEL;
 }
-// Tiles do it while they multiply: see tile_steps.
+// Tiles unpack what needs it while they multiply: see tile_steps.
+inline bool reads_stored(int /*bits*/, const TilePanels& /*panels*/) {
+    return true;
+}
 inline void unpack_panel(const uint8_t* /*panel*/, int64_t /*padded*/, int /*bits*/, int /*index*/, int /*count*/,
                          uint8_t* /*out*/) {}
 

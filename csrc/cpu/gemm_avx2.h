@@ -233,6 +233,10 @@ void tile8(const int8_t* a, int64_t stride, const uint8_t* w, int64_t padded, in
     }
 }
 
+// Tiles find their panels unpacked.
+inline bool reads_stored(int /*bits*/, const TilePanels& /*panels*/) {
+    return false;
+}
 inline int64_t unpacked_panel_bytes(int64_t padded, int bits) {
     return padded * PANEL * (bits == 6 ? 1 : 2);
 }

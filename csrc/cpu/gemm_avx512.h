@@ -30,10 +30,11 @@ inline __m512i broadcast4(const int8_t* p) {
     return _mm512_set1_epi32(four);
 }
 
-// `PANELS` unpacked panels, interleaved as [padded / 4][PANELS][64], with `ROWS` rows.
+// PANELS panels of bytes with ROWS rows. A vector of the next panel is `panel_step` bytes further on, the next vector
+// of the same panel `step`.
 template <int PANELS, int ROWS>
-void tile_rows(const int8_t* a, int64_t stride, const uint8_t* w, int64_t padded, int32_t* acc, int64_t acc_stride,
-               const Prefetch& prefetch) {
+void tile_rows(const int8_t* a, int64_t stride, const uint8_t* w, int64_t panel_step, int64_t step, int64_t padded,
+               int32_t* acc, int64_t acc_stride, const Prefetch& prefetch) {
     __m512i sum[ROWS][PANELS];
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
@@ -44,10 +45,10 @@ void tile_rows(const int8_t* a, int64_t stride, const uint8_t* w, int64_t padded
     for (int64_t k = 0; k < padded; k += BLOCK) {
         for (int line = 0; line < prefetch.lines; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
 #pragma GCC unroll 4
-        for (int g = 0; g < 4; ++g, w += 64 * PANELS) {
+        for (int g = 0; g < 4; ++g, w += step) {
             __m512i weight[PANELS];
 #pragma GCC unroll 4
-            for (int p = 0; p < PANELS; ++p) weight[p] = _mm512_loadu_si512(w + 64 * p);
+            for (int p = 0; p < PANELS; ++p) weight[p] = _mm512_loadu_si512(w + p * panel_step);
 #pragma GCC unroll 6
             for (int r = 0; r < ROWS; ++r) {
                 const __m512i activation = broadcast4(a + r * stride + k + 4 * g);
@@ -63,7 +64,12 @@ void tile_rows(const int8_t* a, int64_t stride, const uint8_t* w, int64_t padded
     }
 }
 
-// Bytes of the unpacked panels of a tile.
+// Codes of 8 bits are multiplied where they are stored.
+inline bool reads_stored(int bits, const TilePanels& panels) {
+    return bits == 8 && panels.stored_stride != 0;
+}
+
+// Bytes of the unpacked panels of a tile: interleaved as [padded / 4][panels][64].
 inline int64_t unpacked_panel_bytes(int64_t padded, int /*bits*/) {
     return padded * PANEL;
 }
@@ -78,12 +84,14 @@ inline void unpack_panel(const uint8_t* panel, int64_t padded, int bits, int ind
 
 #define PTQ_TILE(p, r) \
     case 8 * p + r:    \
-        return tile_rows<p, r>(a, stride, w, padded, acc, acc_stride, prefetch);
+        return tile_rows<p, r>(a, stride, w, panel_step, step, padded, acc, acc_stride, prefetch);
 #define PTQ_TILES(p) PTQ_TILE(p, 1) PTQ_TILE(p, 2) PTQ_TILE(p, 3) PTQ_TILE(p, 4) PTQ_TILE(p, 5) PTQ_TILE(p, 6)
-inline void tile(TileScope& /*scope*/, int panels, int rows, int /*bits*/, int /*act_bits*/, const int8_t* a,
+inline void tile(TileScope& /*scope*/, int panels, int rows, int bits, int /*act_bits*/, const int8_t* a,
                  int64_t stride, const TilePanels& weights, int64_t padded, int32_t* acc, int64_t acc_stride,
                  const Prefetch& prefetch) {
-    const uint8_t* w = weights.unpacked;
+    const bool stored = reads_stored(bits, weights);
+    const uint8_t* w = stored ? weights.stored : weights.unpacked;
+    const int64_t panel_step = stored ? weights.stored_stride : 64, step = stored ? 64 : 64 * panels;
     switch (8 * panels + rows) { PTQ_TILES(1) PTQ_TILES(2) PTQ_TILES(3) PTQ_TILES(4) }
 }
 #undef PTQ_TILES

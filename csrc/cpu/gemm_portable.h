@@ -64,6 +64,10 @@ inline void direct(int rows, int bits, int /*act_bits*/, const int8_t* a, int64_
     }
 }
 
+// Tiles find their panels unpacked.
+inline bool reads_stored(int /*bits*/, const TilePanels& /*panels*/) {
+    return false;
+}
 inline int64_t unpacked_panel_bytes(int64_t padded, int /*bits*/) {
     return padded * PANEL;
 }
