@@ -1,0 +1,77 @@
+"""The one place where a Triton kernel is started.
+
+Everything above this call (shapes, tiles, workspaces, arguments) is the same on a GPU, in Triton's interpreter and in
+the PTX emulator of the tests, which replace the last step only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """One kernel launch.
+
+    Attributes:
+        kernel: the ``triton.jit`` function.
+        grid: thread blocks along x, y, z.
+        arguments: run-time arguments by name: tensors, ints, floats, or None for an operand that is absent.
+        constants: constexpr arguments by name.
+        num_warps, num_stages: as Triton means them.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+Launcher = Callable[[Launch], None]
+
+_launcher: contextvars.ContextVar[Launcher | None] = contextvars.ContextVar("ptq4arvg_triton_launcher", default=None)
+
+
+def _device_of(arguments: Mapping[str, Any]) -> torch.device:
+    return next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+
+
+def _native(launch: Launch) -> None:
+    """On the operands' device and its current stream. fp_fusion stays off: the laws forbid fused multiply-adds."""
+    device = _device_of(launch.arguments)
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        launch.kernel[launch.grid](
+            **launch.arguments,
+            **launch.constants,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            enable_fp_fusion=False,
+        )
+
+
+def start(launch: Launch) -> None:
+    """Start a kernel, unless its grid is empty."""
+    if 0 not in launch.grid:
+        (_launcher.get() or _native)(launch)
+
+
+def replaced() -> bool:
+    """Whether launches go elsewhere than to a GPU (see :func:`replace`)."""
+    return _launcher.get() is not None
+
+
+@contextlib.contextmanager
+def replace(launcher: Launcher) -> Iterator[None]:
+    """Send the launches of this thread or task to ``launcher``, which executes them before it returns."""
+    token = _launcher.set(launcher)
+    try:
+        yield
+    finally:
+        _launcher.reset(token)
