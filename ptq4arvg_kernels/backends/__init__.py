@@ -8,9 +8,12 @@ others state which code they produce.
 from ..registry import register_backend
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 REFERENCE_PRIORITY = 0
 CPU_PRIORITY = 10
+TRITON_PRIORITY = 20
 
+register_backend(TritonBackend(), TRITON_PRIORITY)
 register_backend(CpuBackend(), CPU_PRIORITY)
 register_backend(ReferenceBackend(), REFERENCE_PRIORITY)
