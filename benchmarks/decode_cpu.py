@@ -33,6 +33,7 @@ from .decode_models import CONTENDERS, MODELS, OURS, PEERS, checked, config_of, 
 from .decode_report import allocation_table, cell_table, machine_line, plot, summarize, summary_table
 from .decode_steps import Contender, alternate
 from .limits import describe
+from .names import names, numbers
 
 WIDTH = 150
 BATCHES, QUICK_BATCHES = (1, 8), (1,)
@@ -92,23 +93,6 @@ def _graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def names(text: str) -> list[str]:
-    """Names from ``"a,b"``, each once."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def batch_sizes(text: str) -> list[int]:
-    """Numbers from ``"1,8"``.
-
-    Raises:
-        ValueError: not positive numbers.
-    """
-    parts = names(text)
-    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"--batches {text!r} is not a list of positive numbers; write 1,8")
-    return [int(part) for part in parts]
-
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -136,7 +120,7 @@ def main(
     torch.set_num_threads(threads)
     try:
         default = QUICK_BATCHES if quick else BATCHES
-        chosen_models, sizes = names(models), list(default) if batches is None else batch_sizes(batches)
+        chosen_models, sizes = names(models), list(default) if batches is None else numbers("--batches", batches)
         chosen = [checked(name) for name in names(contenders_)]
         for model in chosen_models:
             config_of(model)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from matplotlib.figure import Figure
-from rich import box
 from rich.table import Table
 
 from ptq4arvg.files import replacing
 
 from .contention import DISTURBED
+from .tables import number, plain_table
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -60,24 +60,11 @@ def summarize(rows: Sequence[Row], allocations: Sequence[Row]) -> dict[str, Any]
     return summary
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in left:
-        table.add_column(header, no_wrap=True)
-    for header in right:
-        table.add_column(header, justify="right", no_wrap=True)
-    return table
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def cell_table(model: str, batch: int, rows: Sequence[Row]) -> Table:
     """All contenders of one model and batch size. Times with ~ are put together from single steps; ``others`` are the
     cores that other processes used meanwhile."""
     headers = ("s/image", "tokens/s", "ms/step", "× fp32", "peak MB", "load MB", "decode MB", "first s", "others")
-    table = _table(f"{model}, {batch} image{'s' * (batch > 1)} at once", ("contender",), headers)
+    table = plain_table(f"{model}, {batch} image{'s' * (batch > 1)} at once", ("contender",), headers)
     fp32 = next((row["seconds_per_image"] for row in rows if row["contender"] == "fp32"), None)
     for row in rows:
         seconds = row["seconds_per_image"]
@@ -86,31 +73,31 @@ def cell_table(model: str, batch: int, rows: Sequence[Row]) -> Table:
             f"{'~' if row['estimated'] else ''}{seconds:.3f}",
             f"{row['tokens_per_s']:.1f}",
             f"{row['step_ms']:.2f}",
-            _number(None if fp32 is None else fp32 / seconds),
-            *(_number(row[name], 0) for name in ("peak_memory_mb", "load_peak_mb", "decode_peak_mb")),
-            _number(row["warm_up_s"], 1),
-            _number(row["others"]),
+            number(None if fp32 is None else fp32 / seconds),
+            *(number(row[name], 0) for name in ("peak_memory_mb", "load_peak_mb", "decode_peak_mb")),
+            number(row["warm_up_s"], 1),
+            number(row["others"]),
         )
     return table
 
 
 def allocation_table(rows: Sequence[Row]) -> Table:
-    table = _table(
+    table = plain_table(
         "memory allocated per decode step after warm-up", ("model", "contender"), ("batch", "allocations", "net bytes")
     )
     for row in rows:
         numbers = (row["batch"], f"{row['allocations_per_step']:g}", f"{row['net_bytes_per_step']:g}")
-        table.add_row(row["model"], row["contender"], *(str(number) for number in numbers))
+        table.add_row(row["model"], row["contender"], *(str(count) for count in numbers))
     return table
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """The key figures beside what they should reach."""
-    table = _table("summary", ("figure",), ("value", "goal", ""))
+    table = plain_table("summary", ("figure",), ("value", "goal", ""))
     for name, value in summary.items():
         if isinstance(value, dict):
-            for part, number in value.items():
-                table.add_row(f"{name} {part}", _number(number, 1), "", "")
+            for part, figure in value.items():
+                table.add_row(f"{name} {part}", number(figure, 1), "", "")
         elif isinstance(value, float | None):
             goal, verdict, sign = GOALS.get(name), "", "≥"
             if goal is not None:
@@ -120,7 +107,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
                     verdict = "reached" if (value <= goal if below else value >= goal) else "missed"
                     if summary["disturbed"] and not below:
                         verdict = "unknown: disturbed"
-            table.add_row(name, _number(value), "" if goal is None else f"{sign} {goal:g}", verdict)
+            table.add_row(name, number(value), "" if goal is None else f"{sign} {goal:g}", verdict)
     return table
 
 

@@ -31,6 +31,7 @@ from .linear_measure import burst_seconds, measure_shape
 from .linear_report import machine_table, monotone_table, plot, ratio_table, shape_table, summary_table
 from .linear_summary import cells_of, disturbed, summarize
 from .monotone import measure_monotone
+from .names import names
 from .peers_cpu import PEERS
 from .shapes import LAYERS, MODELS, LayerShape, layer_shapes
 
@@ -76,11 +77,6 @@ def checked_backend(name: str) -> str:
             raise BackendError(f"backend {name!r} cannot run here: {reason}")
     known = ", ".join(backend.name for backend in backends())
     raise BackendError(f"no backend {name!r} is registered (there are: {known}); choose with --backend")
-
-
-def names(text: str) -> list[str]:
-    """Names from ``"a,b"``."""
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def row_counts(text: str) -> list[int]:

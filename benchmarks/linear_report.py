@@ -7,29 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich import box
 from rich.table import Table
 
 from ptq4arvg.files import replacing
 
 from .contenders import OUR_NAMES
 from .linear_summary import Row, cells_of, geometric_mean
+from .tables import number, plain_table
 
 _COLUMNS = 3
 _BITS = {"w8a8": 8, "w6a8": 6, "w6a6": 6}
-
-
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in left:
-        table.add_column(header, no_wrap=True)
-    for header in right:
-        table.add_column(header, justify="right", no_wrap=True)
-    return table
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _contenders(rows: Sequence[Row]) -> list[str]:
@@ -38,7 +25,7 @@ def _contenders(rows: Sequence[Row]) -> list[str]:
 
 def machine_table(machine: Mapping[str, Any]) -> Table:
     """What the figures were measured on, and its limits."""
-    table = _table("machine", ("", ""), ())
+    table = plain_table("machine", ("", ""), ())
     table.show_header = False
     caches = ", ".join(f"{name} {size >> 10} KiB" for name, size in machine["caches"].items())
     table.add_row("cpu", f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores; {caches}")
@@ -60,28 +47,28 @@ def shape_table(title: str, rows: Sequence[Row]) -> Table:
     names = _contenders(rows)
     ours = [name for name in names if name in OUR_NAMES]
     headers = ("M", *(f"{name} µs" for name in names), *(f"{name} GOPS" for name in ours), "others")
-    table = _table(title, (), headers)
+    table = plain_table(title, (), headers)
     for (_, _, m), cell in cells_of(rows).items():
-        times = (_number(cell[name]["seconds"] * 1e6, 1) if name in cell else "–" for name in names)
-        rates = (_number(cell[name]["gops"], 0) if name in cell else "–" for name in ours)
+        times = (number(cell[name]["seconds"] * 1e6, 1) if name in cell else "–" for name in names)
+        rates = (number(cell[name]["gops"], 0) if name in cell else "–" for name in ours)
         busy = next(iter(cell.values()))["others"]
-        table.add_row(str(m), *times, *rates, _number(busy))
+        table.add_row(str(m), *times, *rates, number(busy))
     return table
 
 
 def ratio_table(kernel: str, ratios: Mapping[str, Mapping[str, float | None]]) -> Table:
     """Time of every contender over that of one of our kernels, geometric mean over the shapes, per M."""
-    table = _table(f"times slower than {kernel} (geometric mean over shapes)", (), ("M", *ratios))
+    table = plain_table(f"times slower than {kernel} (geometric mean over shapes)", (), ("M", *ratios))
     counts = list(next(iter(ratios.values()), {}))
     for m in counts:
-        table.add_row(m, *(_number(column[m]) for column in ratios.values()))
+        table.add_row(m, *(number(column[m]) for column in ratios.values()))
     return table
 
 
 def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
     """The key figures, one per line, with their values for every M where they have any."""
     counts = list(summary["by_rows"])
-    table = _table(f"{title} (above 1 is in our favour; fractions are of the machine's limit)", ("figure",), ())
+    table = plain_table(f"{title} (above 1 is in our favour; fractions are of the machine's limit)", ("figure",), ())
     table.add_column("all", justify="right")
     for m in counts:
         table.add_column(f"M={m}", justify="right", no_wrap=True)
@@ -89,19 +76,19 @@ def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
         if not isinstance(value, float | None):
             continue
         base = name.rpartition("_m")[0]
-        table.add_row(name, _number(value, 3), *(_number(summary["by_rows"][m].get(base)) for m in counts))
+        table.add_row(name, number(value, 3), *(number(summary["by_rows"][m].get(base)) for m in counts))
     return table
 
 
 def monotone_table(result: Mapping[str, Any]) -> Table:
     """The largest drop of time from a smaller to a larger M, per kernel."""
-    table = _table(
+    table = plain_table(
         f"largest t(M) / t(M') over M < M' at {result['shape']}, {len(result['rows'])} values of M",
         ("kernel",),
         ("ratio", "M", "M'"),
     )
     for kernel, worst in result["worst"].items():
-        table.add_row(kernel, _number(worst["ratio"], 3), str(worst["rows"][0]), str(worst["rows"][1]))
+        table.add_row(kernel, number(worst["ratio"], 3), str(worst["rows"][0]), str(worst["rows"][1]))
     return table
 
 
