@@ -116,8 +116,8 @@ def test_schedule_fills_the_device() -> None:
     assert few == Schedule(1, 32, 4, 1)  # three steps of 128 slots
     assert many == Schedule(1, 16, 2, 1)
     assert attention.schedule(4, 1, 4096, 108).splits == 8
-    assert attention.schedule(32, 4, 256, 108) == Schedule(16, 64, 4, 2)
-    assert attention.schedule(32, 256, 680, 108) == Schedule(64, 64, 4, 1)
+    assert attention.schedule(32, 4, 256, 108) == Schedule(16, 32, 4, 2)
+    assert attention.schedule(32, 256, 680, 108) == Schedule(64, 32, 8, 1)
 
 
 @pytest.mark.parametrize("multiprocessors", [16, 108, 132])

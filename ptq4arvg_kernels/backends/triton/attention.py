@@ -19,7 +19,7 @@ from .scratch import counters
 
 TILES = 4  # tiles of slots per step of the decode kernel
 SLOTS_PER_WARP = 8  # rows of such a tile per warp
-BLOCK_SLOTS = 64  # slots per step of the block kernel
+BLOCK_SLOTS = 32  # slots per step of the block kernel: with 64, some head widths spill
 MAX_SPLITS = 8
 
 
@@ -68,7 +68,8 @@ def schedule(pairs: int, period: int, span: int, multiprocessors: int) -> Schedu
         return Schedule(1, warps * SLOTS_PER_WARP, warps, _splits(pairs, steps, multiprocessors))
     rows = min(64, max(16, triton.next_power_of_2(period)))
     blocks = pairs * triton.cdiv(period, rows)
-    return Schedule(rows, BLOCK_SLOTS, 4, _splits(blocks, triton.cdiv(span, BLOCK_SLOTS), multiprocessors))
+    warps = 8 if rows == 64 else 4  # the accumulators of 64 queries would fill the registers of four warps
+    return Schedule(rows, BLOCK_SLOTS, warps, _splits(blocks, triton.cdiv(span, BLOCK_SLOTS), multiprocessors))
 
 
 class Grouping(NamedTuple):
