@@ -37,7 +37,7 @@ class TileScope {
 
     // For `rows` rows of activations, 1 to 32. Setting the shapes takes longer than a step of products.
     void shape(int rows) {
-        if (rows == rows_) return;
+        if (rows == rows_ || (rows == 16 && rows_ > 16)) return;  // 16 rows use the upper tiles only
         rows_ = rows;
         TileShapes shapes;
         const int upper = rows < 16 ? rows : 16, lower = rows - upper;

@@ -169,13 +169,15 @@ void run_tiles(Call& call, int threads) {
                     prefetch.next = reinterpret_cast<const char*>(call.panel(first + unit)) + done;
                     prefetch.lines = static_cast<int>(lines);
                 }
+                // A rest of rows is multiplied together with rows before it, so that tiles keep their shape.
+                const int64_t computed = tile_rows_for(rows, row_end - row_begin), again = computed - rows;
                 for (int64_t i = 0; i < all; i += together) {
                     weights.unpacked = panels + i * unpacked;
-                    tile(scope, static_cast<int>(together), static_cast<int>(rows), args.weights.bits, args.act_bits,
-                         call.a + row * call.row_bytes, call.row_bytes, weights, call.padded, acc + i * PANEL, stride,
-                         i == 0 ? prefetch : Prefetch{});
+                    tile(scope, static_cast<int>(together), static_cast<int>(computed), args.weights.bits,
+                         args.act_bits, call.a + (row - again) * call.row_bytes, call.row_bytes, weights, call.padded,
+                         acc + i * PANEL, stride, i == 0 ? prefetch : Prefetch{});
                 }
-                finish_rows(call, row, rows, first, count, acc, stride);
+                finish_rows(call, row, rows, first, count, acc + again * stride, stride);
                 weights.first = false;
             }
         }

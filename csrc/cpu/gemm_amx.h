@@ -29,6 +29,11 @@ inline void convert_row(const int8_t* codes, int64_t in_features, int64_t padded
     pad_row(codes, in_features, round_up(padded, TILE_K), out);
 }
 
+// Rows that a tile computes for `rows` of `all`: whole tiles, if there are enough rows. To change the shape twice per
+// pair of panels made 91 rows 16 % slower than 96.
+inline int64_t tile_rows_for(int64_t rows, int64_t all) {
+    return all < TILE_ROWS ? rows : rows > TILE_ROWS / 2 ? TILE_ROWS : TILE_ROWS / 2;
+}
 inline int64_t unpacked_panel_bytes(int64_t padded, int /*bits*/) {
     return round_up(padded, TILE_K) * PANEL;
 }
