@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ptq4arvg_kernels as kernels
-from ptq4arvg_kernels.packing import column_sums, pack, packed_row_bytes
 from ptq4arvg_kernels.registry import OpSpec, serving
 from ptq4arvg_kernels.tables import make_table
 
-from .contenders import ACT_RANGE, OURS, ZERO_POINT, Call, Contender, Layer, channel_codes
+from .contenders import ACT_RANGE, OURS, ZERO_POINT, Call, Contender, Layer, Ours
 
 
-class IntegerLayer(Contender):
+class IntegerLayer(Ours):
     """A linear layer of this package on rows of ``dtype``, quantization included.
 
     The plan of the backend that serves the device, as a decode step calls it, or ``quantize`` and ``linear`` where it
@@ -24,16 +23,8 @@ class IntegerLayer(Contender):
     """
 
     def __init__(self, w_bits: int, a_bits: int, dtype: torch.dtype) -> None:
-        self.name, self.w_bits, self.a_bits, self.dtype = f"w{w_bits}a{a_bits}", w_bits, a_bits, dtype
-
-    def weight_bytes(self, n: int, k: int) -> int:
-        return n * packed_row_bytes(k, self.w_bits)
-
-    def layers(self, weight: Tensor, bias: Tensor, copies: int) -> list[Layer]:
-        codes, scale = channel_codes(weight, self.w_bits)
-        packed, sums = pack(codes, self.w_bits), column_sums(codes)
-        k = weight.shape[1]
-        return [self._layer(packed.roll(i, 0), scale.roll(i), sums.roll(i), bias.roll(i), k) for i in range(copies)]
+        super().__init__(w_bits, a_bits)
+        self.dtype = dtype
 
     def _layer(self, packed: Tensor, scale: Tensor, sums: Tensor, bias: Tensor, k: int) -> Layer:
         device, dtype, w_bits = packed.device, self.dtype, self.w_bits

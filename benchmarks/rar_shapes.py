@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ptq4arvg.models.rar import CONFIGS
 
 from .random_models import size
-from .shapes import LayerShape
+from .shapes import LayerShape, adaln_layers
 
 RAR_MODELS: tuple[str, ...] = tuple(CONFIGS)
 
@@ -19,9 +19,7 @@ def rar_layers(model: str) -> dict[str, tuple[int, int]]:
         ValueError: unknown model.
     """
     config = size(model)
-    d, hidden = config.dim, config.mlp_dim
-    block = {"qkv": (3 * d, d), "proj": (d, d), "fc1": (hidden, d), "fc2": (d, hidden), "adaln": (6 * d, d)}
-    return block | {"head_adaln": (2 * d, d), "head": (config.codebook, d)}
+    return adaln_layers(config.dim, config.mlp_dim, config.codebook)
 
 
 def rar_shapes(models: Sequence[str] = RAR_MODELS, layers: Sequence[str] = ()) -> list[LayerShape]:

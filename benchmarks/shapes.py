@@ -35,6 +35,12 @@ class LayerShape:
         return self.users[0].partition(".")[2]
 
 
+def adaln_layers(d: int, hidden: int, vocabulary: int) -> dict[str, tuple[int, int]]:
+    """(N, K) of every kind of linear layer of a transformer with modulation, as RAR and VAR are."""
+    block = {"qkv": (3 * d, d), "proj": (d, d), "fc1": (hidden, d), "fc2": (d, hidden), "adaln": (6 * d, d)}
+    return block | {"head_adaln": (2 * d, d), "head": (vocabulary, d)}
+
+
 def model_layers(model: str) -> dict[str, tuple[int, int]]:
     """(N, K) of every kind of linear layer of a model.
 
@@ -46,12 +52,10 @@ def model_layers(model: str) -> dict[str, tuple[int, int]]:
     if model not in _WIDTHS:
         raise ValueError(f"unknown model {model!r}; known are {', '.join(MODELS)}")
     d, hidden, vocabulary = _WIDTHS[model]
-    layers = {"qkv": (3 * d, d), "proj": (d, d)}
     if model.startswith("par"):
-        layers |= {"w13": (2 * hidden, d), "w2": (d, hidden)}
-    else:
-        layers |= {"fc1": (hidden, d), "fc2": (d, hidden), "adaln": (6 * d, d), "head_adaln": (2 * d, d)}
-    return layers | {"head": (vocabulary, d)}
+        block = {"qkv": (3 * d, d), "proj": (d, d), "w13": (2 * hidden, d), "w2": (d, hidden)}
+        return block | {"head": (vocabulary, d)}
+    return adaln_layers(d, hidden, vocabulary)
 
 
 def layer_shapes(models: Sequence[str] = MODELS, layers: Sequence[str] = LAYERS) -> list[LayerShape]:

@@ -37,6 +37,10 @@ inline int64_t tile_rows_for(int64_t rows, int64_t all) {
 inline int64_t unpacked_panel_bytes(int64_t padded, int /*bits*/) {
     return round_up(padded, TILE_K) * PANEL;
 }
+// Weights of 8 bits that fill their tiles are multiplied where they are stored.
+inline bool in_place(int64_t padded, int bits) {
+    return bits == 8 && padded % TILE_K == 0;
+}
 // Tiles unpack what needs it while they multiply: see tile_steps.
 inline bool reads_stored(int /*bits*/, const TilePanels& /*panels*/) {
     return true;
@@ -66,9 +70,9 @@ template <int ROW_TILES, int PANELS, bool UNPACK>
 void tile_steps(const TileRows& rows, const TilePanels& panels, int bits, int64_t padded, const Prefetch& prefetch) {
     constexpr int64_t LEAD = 2;  // tiles of K
     const int64_t steps = ceil_div(padded, TILE_K), packed = TILE_K / BLOCK * block_bytes(bits);
-    const bool in_place = bits == 8 && padded % TILE_K == 0;
-    const uint8_t* w = in_place ? panels.stored : panels.unpacked;
-    const int64_t panel_stride = in_place ? panels.stored_stride : unpacked_panel_bytes(padded, bits);
+    const bool stored = in_place(padded, bits);
+    const uint8_t* w = stored ? panels.stored : panels.unpacked;
+    const int64_t panel_stride = stored ? panels.stored_stride : unpacked_panel_bytes(padded, bits);
     const auto unpack = [&](int64_t step) {
         for (int p = 0; p < PANELS; ++p) {
             unpack_tile(panels.stored + p * panels.stored_stride + step * packed, bits, padded - step * TILE_K,
@@ -117,7 +121,7 @@ void tile_steps(const TileRows& rows, const TilePanels& panels, int bits, int64_
 
 template <int ROW_TILES, int PANELS>
 void tile_steps(const TileRows& rows, const TilePanels& panels, int bits, int64_t padded, const Prefetch& prefetch) {
-    if (!panels.first || (bits == 8 && padded % TILE_K == 0)) {
+    if (!panels.first || in_place(padded, bits)) {
         return tile_steps<ROW_TILES, PANELS, false>(rows, panels, bits, padded, prefetch);
     }
     // A constant width lets the compiler drop the other one's instructions.

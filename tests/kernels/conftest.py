@@ -19,6 +19,7 @@ import torch
 import ptq4arvg_kernels as kernels
 from ptq4arvg_kernels.backends.cpu import native, weights
 from ptq4arvg_kernels.backends.triton import support
+from tests.kernels.cpu_cases import running
 from tests.kernels.kernel_cases import generator, instruction_sets
 
 PACKAGE = Path(kernels.__file__).parent
@@ -46,21 +47,10 @@ def _backends() -> list[str]:
     return names
 
 
-@contextlib.contextmanager
-def _instruction_set(name: str) -> Iterator[None]:
-    module = native.module()
-    before = module.instruction_set()
-    assert module.select(name)
-    try:
-        yield
-    finally:
-        module.select(before)
-
-
 def _variant(name: str, variant: str) -> contextlib.AbstractContextManager[Any]:
     """What makes a backend's variant the one that runs."""
     if name == "cpu":
-        return _instruction_set(variant)
+        return running(variant)
     if name == "triton":
         from tests.kernels.triton_cases import device
 

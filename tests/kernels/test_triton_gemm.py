@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,10 +20,11 @@ from tests.kernels.kernel_cases import LinearCase, generator, linear_case, rando
 
 pytest.importorskip("triton")
 
+from benchmarks.sass import resources
+from benchmarks.triton_compiled import examine
 from ptq4arvg_kernels.backends.triton import gemm, linear, scratch, support, tiles, weights
 from ptq4arvg_kernels.backends.triton.launch import Launch
 from ptq4arvg_kernels.backends.triton.tiles import Device, Plan, Tile
-from tests.kernels.sass import hot_loop, resources
 from tests.kernels.triton_cases import barriers, device, edited, recorded, without_barrier
 from tests.ptxsim import HazardError, MemFault
 from tests.ptxsim.triton_launcher import compile_kernel
@@ -409,12 +411,13 @@ def _one_launch(case: LinearCase, name: str = "linear none", dtype: torch.dtype 
 def test_hot_loop(monkeypatch: pytest.MonkeyPatch, capability: int, bits: int, tile: Tile, limit: int) -> None:
     """Instructions of one step, with a ragged last row tile; no byte shuffling, no spill."""
     planned(monkeypatch, tile)
-    kernel = _compile(_one_launch(linear_case(tile.bm - 1, 256, 1024, bits, [8])), capability)
-    loop = hot_loop(kernel.sass())
+    examined = examine(_one_launch(linear_case(tile.bm - 1, 256, 1024, bits, [8])), capability)
+    assert examined.hot_loop is not None
+    loop = Counter(examined.hot_loop.per_iteration())
     assert loop["IMMA"] == tile.bm * tile.bn * tile.bk // (16 * 8 * 32) // tile.num_warps
     assert loop["PRMT"] == 0
     assert loop.total() <= limit, loop
-    assert resources(kernel)[1] == 0
+    assert examined.spill_bytes == 0
 
 
 @compiled
@@ -428,7 +431,7 @@ def test_compiles(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
         kernel = _compile(launched, capability)
         how = tiles.plan(rows, 256, 2048, bits, limits)
         assert kernel.shared_bytes <= how.tile.shared_bytes(bits, capability) + tiles.RESERVED <= limits.shared_bytes
-        assert resources(kernel)[1] == 0, how
+        assert resources(kernel.cubin).spill_bytes == 0, how
 
 
 KNOWN_SPILL = pytest.mark.xfail(
@@ -457,7 +460,7 @@ def test_everything_compiles(monkeypatch: pytest.MonkeyPatch, capability: int, b
                 kernel = _compile(_one_launch(case, name), capability)
                 limit = min(tile.shared_bytes(bits, capability) + tiles.RESERVED, limits.shared_bytes)
                 assert kernel.shared_bytes <= limit, (tile, split, name)
-                assert resources(kernel)[1] == 0, (tile, split, name)
+                assert resources(kernel.cubin).spill_bytes == 0, (tile, split, name)
 
 
 @compiled

@@ -7,20 +7,12 @@ tensor; the panels go when the tensor goes, and are made again when it was writt
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..weight_cache import WeightCache
 from . import native
-
-
-@dataclass
-class _Packed:
-    version: int
-    address: int
-    panels: Tensor
 
 
 class _Arena:
@@ -50,13 +42,7 @@ class _Arena:
 
 
 _ARENA = _Arena()
-_LOCK = threading.Lock()
-_CACHE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _version(tensor: Tensor) -> int:
-    # Tensors made in inference mode keep no count of writes, and cannot be written to outside it.
-    return -1 if tensor.is_inference() else tensor._version
+_CACHE = WeightCache()
 
 
 def pack_panels(qweight: Tensor, w_bits: int, in_features: int, paired: bool = False) -> Tensor | None:
@@ -82,14 +68,5 @@ def unpack_panels(panels: Tensor, out_features: int, w_bits: int, in_features: i
 
 def panels_of(qweight: Tensor, w_bits: int, in_features: int, paired: bool = False) -> Tensor | None:
     """Panels of a weight tensor, from the cache if it has not been written to since; None if the bytes are corrupt."""
-    with _LOCK:
-        entries: dict[tuple[int, int, bool], _Packed] = _CACHE.setdefault(qweight, {})
-        key = (w_bits, in_features, paired)
-        known = entries.get(key)
-        if known is not None and known.version == _version(qweight) and known.address == qweight.data_ptr():
-            return known.panels
-        version, address = _version(qweight), qweight.data_ptr()
-        panels = pack_panels(qweight, w_bits, in_features, paired)
-        if panels is not None:
-            entries[key] = _Packed(version, address, panels)
-        return panels
+    key = (w_bits, in_features, paired)
+    return _CACHE.get(qweight, key, lambda: pack_panels(qweight, w_bits, in_features, paired))

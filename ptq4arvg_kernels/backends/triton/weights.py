@@ -24,15 +24,12 @@ Paired weights (``[w1; w3]`` of SwiGLU): channels alternate, w1's channel 0, w3'
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...packing import pack, unpack
+from ..weight_cache import WeightCache
 
 K_TILE = 128
 N_ALIGN = 128
@@ -86,20 +83,7 @@ def unpack_tiles(tiles: Tensor, out_features: int, w_bits: int, in_features: int
     return pack(codes.contiguous(), w_bits)
 
 
-@dataclass
-class _Packed:
-    version: int
-    address: int
-    tiles: Tensor
-
-
-_LOCK = threading.Lock()
-_CACHE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _version(tensor: Tensor) -> int:
-    # Tensors made in inference mode keep no count of writes, and cannot be written to outside it.
-    return -1 if tensor.is_inference() else tensor._version
+_CACHE = WeightCache()
 
 
 def tiles_of(qweight: Tensor, w_bits: int, in_features: int, paired: bool = False) -> Tensor:
@@ -110,18 +94,13 @@ def tiles_of(qweight: Tensor, w_bits: int, in_features: int, paired: bool = Fals
         RuntimeError: the weights are not packed yet and the current stream is being captured: the copy would belong to
             the graph and hold nothing before its first replay.
     """
-    with _LOCK:
-        entries: dict[tuple[int, int, bool], _Packed] = _CACHE.setdefault(qweight, {})
-        key = (w_bits, in_features, paired)
-        known = entries.get(key)
-        if known is not None and known.version == _version(qweight) and known.address == qweight.data_ptr():
-            return known.tiles
+
+    def make() -> Tensor:
         if qweight.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "weights are brought into the order of the Triton kernels at the first call of a layer, which cannot "
                 "be part of a CUDA graph; run the model once before capturing it"
             )
-        version, address = _version(qweight), qweight.data_ptr()
-        tiles = pack_tiles(qweight, w_bits, in_features, paired)
-        entries[key] = _Packed(version, address, tiles)
-        return tiles
+        return pack_tiles(qweight, w_bits, in_features, paired)
+
+    return _CACHE.get(qweight, (w_bits, in_features, paired), make)
