@@ -9,7 +9,7 @@
 #include <string>
 #include <utility>
 
-#include "cpu/types.h"
+#include "types.h"
 
 namespace ptq {
 

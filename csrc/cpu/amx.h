@@ -2,7 +2,7 @@
 // back when the work is done, so that the operating system need not save them.
 #pragma once
 
-#include "types.h"
+#include "../types.h"
 
 #if defined(PTQ_EMULATE_AVX512)
 #include "emulate/amx.h"

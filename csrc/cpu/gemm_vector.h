@@ -1,8 +1,8 @@
 // What the products with vector registers have in common, unlike those with tile registers (gemm_amx.h).
 #pragma once
 
+#include "../types.h"
 #include "gemm_panels.h"
-#include "types.h"
 
 namespace ptq::PTQ_NS {
 

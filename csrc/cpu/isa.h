@@ -5,7 +5,7 @@
 // results of all sets are equal bit for bit. Only the integer products (gemm_*.h) differ in shape.
 #pragma once
 
-#include "types.h"
+#include "../types.h"
 
 namespace ptq {
 constexpr int LANES = 16;

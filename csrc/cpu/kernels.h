@@ -2,7 +2,7 @@
 // bindings: pointers are valid for the sizes given, indices lie inside their tables, table rows obey the law.
 #pragma once
 
-#include "types.h"
+#include "../types.h"
 
 namespace ptq {
 

@@ -17,7 +17,7 @@
 
 #include <cstdint>
 
-#include "types.h"
+#include "../types.h"
 
 namespace ptq {
 

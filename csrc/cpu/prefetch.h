@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "types.h"
+#include "../types.h"
 
 namespace ptq {
 

@@ -10,7 +10,7 @@ from tests.ptxsim.errors import (
     PTXParseError,
     UnsupportedInstruction,
 )
-from tests.ptxsim.launcher import Module, Pointer, load_ptx
+from tests.ptxsim.launcher import Module, Pointer, Struct, load_ptx
 from tests.ptxsim.nvcc import nvcc
 from tests.ptxsim.triton_kernel import triton_ptx
 
@@ -24,6 +24,7 @@ __all__ = [
     "PTXParseError",
     "Pointer",
     "Result",
+    "Struct",
     "UnsupportedInstruction",
     "load_ptx",
     "nvcc",

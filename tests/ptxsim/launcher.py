@@ -7,7 +7,7 @@ import multiprocessing
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,19 @@ class Pointer:
     array: np.ndarray
     offset: int = 0
     size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Struct:
+    """A struct by value that holds pointers: its bytes, and which of its 8-byte words point where.
+
+    Attributes:
+        raw: the struct; the words named in ``pointers`` are replaced.
+        pointers: byte offset in the struct -> where it points.
+    """
+
+    raw: bytes
+    pointers: Mapping[int, Pointer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +150,8 @@ class Module:
 
         Args:
             args: numpy arrays or torch CPU tensors (device buffers, copied in, and back in place), Python or numpy
-                scalars, bytes (a struct by value), None (a null pointer), (array, byte offset) or :class:`Pointer`.
+                scalars, bytes or :class:`Struct` (a struct by value), None (a null pointer), (array, byte offset) or
+                :class:`Pointer`.
                 The same array given twice is one buffer.
             shared_bytes: dynamic shared memory.
             ctas: run only these blocks, given as (x, y, z) or as linear indices.
@@ -162,16 +176,16 @@ class Module:
             args += [None] * (len(function.parameters) - len(args))
         _check_count(function, args)
         memory = GlobalMemory()
-        buffers, windows = _reserve(function, memory, args, names)
+        places = _Places(memory)
+        placed = _place_all(function, places, args, names)
         symbols = self._reserve_variables(function, memory)
-        memory.build(windows, between_processes=workers > 1)
-        for buffer in buffers:
-            if buffer is not None:
-                data = np.ascontiguousarray(buffer.array).reshape(-1).view(np.uint8)
-                memory.buffer[buffer.place : buffer.place + data.nbytes] = data
+        memory.build(places.windows, between_processes=workers > 1)
+        for buffer in places.buffers:
+            data = np.ascontiguousarray(buffer.array).reshape(-1).view(np.uint8)
+            memory.buffer[buffer.place : buffer.place + data.nbytes] = data
         self._initialise_variables(function, memory, symbols)
         static, shared_symbols = self._shared_layout(function, shared_bytes)
-        parameters = _parameter_block(function, args, buffers)
+        parameters = _parameter_block(function, placed)
         state = LaunchState(
             function=function,
             grid=grid,
@@ -202,7 +216,7 @@ class Module:
         result.seconds, result.ctas = time.monotonic() - begin, len(blocks)
         result.grid, result.block = grid, block
         if copy_back:
-            _copy_back(memory, buffers)
+            _copy_back(memory, places.buffers)
         return result.check() if state.options.hazards == "raise" else result
 
     # -------------------------------------------------------------------------------- variables
@@ -300,53 +314,76 @@ def _as_array(value: Any) -> np.ndarray | None:
     return None
 
 
-def _reserve(
-    function: Function, memory: GlobalMemory, args: list[Any], names: Sequence[str]
-) -> tuple[list[_Buffer | None], dict[int, list[tuple[int, int]]]]:
-    """A buffer for every argument that is a pointer, one for equal arrays; and the windows that may be touched."""
-    buffers: list[_Buffer | None] = []
-    windows: dict[int, list[tuple[int, int]]] = {}
-    places: dict[tuple[int, int], int] = {}
+class _Places:
+    """Device copies of host arrays, one for equal arrays, and the windows of them that may be touched."""
+
+    def __init__(self, memory: GlobalMemory) -> None:
+        self.memory = memory
+        self.buffers: list[_Buffer] = []
+        self.windows: dict[int, list[tuple[int, int]]] = {}
+        self._known: dict[tuple[int, int], int] = {}
+
+    def put(self, pointer: Pointer, name: str) -> _Buffer:
+        array = pointer.array
+        identity = array.__array_interface__["data"][0], array.nbytes
+        if array.nbytes == 0 or identity not in self._known:
+            self._known[identity] = self.memory.reserve(name, array.nbytes)
+        place = self._known[identity]
+        buffer = _Buffer(array, place, pointer.offset)
+        size = array.nbytes - pointer.offset if pointer.size is None else pointer.size
+        begin = place if pointer.size is None else place + pointer.offset
+        self.windows.setdefault(place, []).append((begin, place + pointer.offset + size))
+        self.buffers.append(buffer)
+        return buffer
+
+
+def _place_all(function: Function, places: _Places, args: list[Any], names: Sequence[str]) -> list[Any]:
+    """The arguments with every array replaced by its :class:`_Buffer`, those inside structs too."""
+    placed: list[Any] = []
     for i, arg in enumerate(args):
+        name = f"arg {i} ({names[i] if i < len(names) else function.parameters[i].name})"
+        if isinstance(arg, Struct):
+            words = {offset: places.put(pointer, f"{name} + {offset}") for offset, pointer in arg.pointers.items()}
+            placed.append((arg, words))
+            continue
         if isinstance(arg, tuple):
             arg = Pointer(_as_array(arg[0]), arg[1])
-            size = None
-        elif isinstance(arg, Pointer):
-            size = arg.size
-        else:
+        elif not isinstance(arg, Pointer):
             whole = _as_array(arg)
             if whole is None:
-                buffers.append(None)
+                placed.append(arg)
                 continue
-            arg, size = Pointer(whole), None
-        array = arg.array
-        identity = array.__array_interface__["data"][0], array.nbytes
-        if array.nbytes == 0 or identity not in places:
-            name = names[i] if i < len(names) else function.parameters[i].name
-            places[identity] = memory.reserve(f"arg {i} ({name})", array.nbytes)
-        place = places[identity]
-        buffers.append(_Buffer(array, place, arg.offset))
-        window = (place, place + array.nbytes) if size is None else (place + arg.offset, place + arg.offset + size)
-        windows.setdefault(place, []).append(window)
-    return buffers, windows
+            arg = Pointer(whole)
+        placed.append(places.put(arg, name))
+    return placed
 
 
-def _parameter_block(function: Function, args: list[Any], buffers: list[_Buffer | None]) -> np.ndarray:
+def _parameter_block(function: Function, placed: list[Any]) -> np.ndarray:
     last = function.parameters[-1] if function.parameters else None
     block = np.zeros(max(-(-(last.offset + last.size) // 16) * 16, 16) if last else 16, np.uint8)
-    for parameter, arg, buffer in zip(function.parameters, args, buffers, strict=True):
-        raw = _encode(parameter, arg, buffer)
+    for parameter, arg in zip(function.parameters, placed, strict=True):
+        raw = _encode(parameter, arg)
         block[parameter.offset : parameter.offset + len(raw)] = np.frombuffer(raw, np.uint8)
     return block
 
 
-def _encode(parameter: Parameter, arg: Any, buffer: _Buffer | None) -> bytes:
-    """Bytes of an argument in the parameter block."""
+def _address(buffer: _Buffer) -> bytes:
+    return struct.pack("<Q", GLOBAL_BASE + buffer.place + buffer.offset)
+
+
+def _encode(parameter: Parameter, arg: Any) -> bytes:
+    """Bytes of an argument, as :func:`_place_all` leaves it, in the parameter block."""
     name, size, ty = parameter.name, parameter.size, parameter.ty
-    if buffer is not None:
+    if isinstance(arg, _Buffer):
         if size != 8 or parameter.array:
             raise PTXError(f"parameter {name} is .{ty} ({size} bytes), not a pointer")
-        return struct.pack("<Q", GLOBAL_BASE + buffer.place + buffer.offset)
+        return _address(arg)
+    if isinstance(arg, tuple):
+        whole, words = arg
+        raw = bytearray(whole.raw)
+        for offset, buffer in words.items():
+            raw[offset : offset + 8] = _address(buffer)
+        arg = bytes(raw)
     if arg is None:
         return bytes(size)
     if isinstance(arg, (bytes, bytearray)):
@@ -366,10 +403,10 @@ def _encode(parameter: Parameter, arg: Any, buffer: _Buffer | None) -> bytes:
     return (int(arg) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
 
 
-def _copy_back(memory: GlobalMemory, buffers: list[_Buffer | None]) -> None:
+def _copy_back(memory: GlobalMemory, buffers: list[_Buffer]) -> None:
     """Only what changed: an input may live in memory that cannot be written."""
     for buffer in buffers:
-        if buffer is None or not buffer.array.flags.writeable:
+        if not buffer.array.flags.writeable:
             continue
         target = buffer.array.reshape(-1).view(np.uint8)
         data = memory.buffer[buffer.place : buffer.place + buffer.array.nbytes]

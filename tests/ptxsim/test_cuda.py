@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ptxsim import HazardError, MemFault, Module, PTXError, Result
+from tests.ptxsim import HazardError, MemFault, Module, Pointer, PTXError, Result, Struct
 from tests.ptxsim.conftest import Cuda
 
 ARCHITECTURES = [80, 90]
@@ -222,3 +222,15 @@ def test_nested_divergence(cuda: Cuda, schedule: str) -> None:
     assert np.array_equal(
         out.reshape(4, 32), np.broadcast_to((sums + odd)[:, None], (4, 32)) + np.flatnonzero(x & 1).max()
     )
+
+
+def test_pointers_inside_a_struct(cuda: Cuda) -> None:
+    """Two pointers into one array, one into another; the array is one buffer, and windows hold."""
+    data = np.arange(64, dtype=np.int32)
+    out = np.zeros(16, np.int32)
+    raw = struct.pack("<QQQi4x", 0, 0, 0, 16)
+    pointers = {0: Pointer(data, 0, 64), 8: Pointer(data, 128, 64), 16: Pointer(out)}
+    cuda("struct").launch("add_struct", 1, 32, [Struct(raw, pointers)])
+    assert np.array_equal(out, data[:16] + data[32:48])
+    with pytest.raises(MemFault, match="out-of-bounds global"):
+        cuda("struct").launch("add_struct", 1, 32, [Struct(raw, pointers | {8: Pointer(data, 128, 60)})])

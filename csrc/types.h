@@ -1,13 +1,17 @@
-// Plain descriptions of operands: what crosses from the bindings to the kernels. No torch, no templates of the standard
-// library: this header is compiled once per instruction set, and inline functions of the library would be merged across
-// those compilations by the linker.
+// Plain descriptions of operands: what crosses from the bindings to the kernels of the CPU and of CUDA. No torch, no
+// templates of the standard library: this header is compiled once per instruction set, and inline functions of the
+// library would be merged across those compilations by the linker.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 // Also at -O0: a function shared between the instruction sets must not exist outside its callers.
+#ifdef __CUDACC__
+#define PTQ_INLINE __host__ __device__ __forceinline__
+#else
 #define PTQ_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace ptq {
 
