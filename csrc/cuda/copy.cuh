@@ -1,0 +1,44 @@
+// Copies from global to shared memory that registers take no part in (cp.async), 16 bytes per lane.
+#pragma once
+
+#include <cstdint>
+
+namespace ptq::cuda {
+
+// What the second-level cache should do with lines that are read once, or more often.
+__device__ __forceinline__ uint64_t evict_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ uint64_t evict_normal() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// From source + FROM to target + TO, bytes.
+template <int TO, int FROM>
+__device__ __forceinline__ void copy16(uint32_t target, const void* source, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0 + %3], [%1 + %4], 16, %2;" ::"r"(target), "l"(source),
+                 "l"(policy), "n"(TO), "n"(FROM)
+                 : "memory");
+}
+// `bytes` of 16, zeros behind them, to target + TO; with 0 bytes the source is not read.
+template <int TO>
+__device__ __forceinline__ void copy16_or_zero(uint32_t target, const void* source, uint32_t bytes) {
+    asm volatile("cp.async.cg.shared.global [%0 + %3], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes), "n"(TO)
+                 : "memory");
+}
+
+// Ends a group of copies, which may be empty.
+__device__ __forceinline__ void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most PENDING of this thread's newest groups are on their way. What others copied needs a barrier.
+template <int PENDING>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+}  // namespace ptq::cuda

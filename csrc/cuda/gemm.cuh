@@ -1,0 +1,419 @@
+// The integer GEMM of all linear layers: codes [M, K] times packed weights [N, K], both int8 in the tensor core, sums
+// exact in 32 bits.
+//
+// Weights are the first operand of the matrix instruction, 16 channels by 32 k, activations the second, 32 k by 8 rows:
+// rows come in steps of 8, and a step of decoding wastes little. A warp owns a strip of 32 channels, whose bricks (64
+// k) lie one behind the other in memory in the order of its registers: a lane copies 16 bytes to shared memory and
+// later reads the same 16 bytes back, so the ring of weights needs no barrier and has no bank conflicts. Activations
+// are shared by all warps: rows of codes, read by ldmatrix.
+//
+//   step s:  wait for the copies of step s; barrier          (a kernel that normalised its rows needs no barrier)
+//            start the copies of step s + STAGES - 1
+//            unpack the weights of step s in registers, multiply them with all rows of the tile
+//
+// Afterwards the warps that share a strip add up their sums in shared memory. If K is split over thread blocks, they
+// store their sums, and the last one adds them up (handover.cuh). Integers: no order of additions changes the result.
+#pragma once
+
+#include <type_traits>
+
+#include "copy.cuh"
+#include "epilogue.cuh"
+#include "handover.cuh"
+#include "int6.cuh"
+#include "mma.cuh"
+#include "norm_tile.cuh"
+
+namespace ptq::cuda {
+
+template <int BITS, int GROUPS, int WARPS_N, int WARPS_K, int DEPTH, int STAGES>
+struct Tile {
+    static constexpr TileShape SHAPE{GROUPS, WARPS_N, WARPS_K, DEPTH, STAGES};
+    static constexpr int ROWS = SHAPE.rows(), THREADS = SHAPE.threads(), STEP_K = SHAPE.step_k();
+    static constexpr int BRICK = TileShape::brick_bytes(BITS), CHUNKS = BRICK / 512;
+    static constexpr int PITCH = TileShape::pitch(STEP_K), ACTIVATIONS = ROWS * PITCH;
+    static constexpr int WEIGHTS = SHAPE.weight_bytes(BITS), UNITS = SHAPE.units();
+};
+
+// One warp's place in its block.
+struct Warp {
+    int lane, index, n, k;
+
+    __device__ __forceinline__ explicit Warp(int warps_n)
+        : lane(static_cast<int>(threadIdx.x) & 31),
+          index(static_cast<int>(threadIdx.x) >> 5),
+          n(index % warps_n),
+          k(index / warps_n) {}
+};
+
+// The weights of one warp: a ring of STAGES steps in shared memory, filled by the lanes that read it.
+template <class T, int DEPTH, int WARPS_K>
+struct WeightRing {
+    static constexpr int TURN = WARPS_K * DEPTH;  // bricks from one step of a warp to the next
+
+    uint32_t slots;       // this lane's bytes in the first slot
+    const uint8_t* next;  // this lane's bytes of the brick that is copied next
+    int left;             // bricks of this warp's part of K from the next one on; 0 or less: none
+    uint64_t policy;
+
+    // The block's bricks begin at `begin`; this warp takes DEPTH of every TURN of them, of a strip that exists.
+    __device__ __forceinline__ WeightRing(const GemmParams& p, const Warp& warp, int strip, int begin, int bricks,
+                                          uint32_t shared)
+        : slots(kept(shared + (warp.index * (DEPTH * T::BRICK) + warp.lane * 16))),
+          next(p.weights +
+               (static_cast<int64_t>(strip * p.bricks + begin + warp.k * DEPTH) * T::BRICK + warp.lane * 16)),
+          left(strip < p.strips ? bricks - warp.k * DEPTH : 0),
+          policy(gridDim.x == 1 ? evict_first() : evict_normal()) {}
+
+    // DEPTH bricks exist or none: it is 1, or 2 and K is padded to pairs.
+    template <int SLOT>
+    __device__ __forceinline__ void copy() {
+        if (left > 0) copy_chunks<SLOT>();
+        next += TURN * T::BRICK;
+        left -= TURN;
+    }
+    template <int SLOT, int CHUNK = 0>
+    __device__ __forceinline__ void copy_chunks() {
+        if constexpr (CHUNK < DEPTH * T::CHUNKS) {
+            copy16<SLOT * T::WEIGHTS + CHUNK * 512, CHUNK * 512>(slots, next, policy);
+            copy_chunks<SLOT, CHUNK + 1>();
+        }
+    }
+};
+
+// Four operands of the matrix instruction, one per channel tile and step of 32 k: [2 * step + tile].
+template <class T, int BITS, int OFFSET>
+__device__ __forceinline__ void load_weights(uint32_t (&w)[4][4], uint32_t address) {
+    if constexpr (BITS == 8) {
+        load_shared<OFFSET>(w[0], address);
+        load_shared<OFFSET + 512>(w[1], address);
+        load_shared<OFFSET + 1024>(w[2], address);
+        load_shared<OFFSET + 1536>(w[3], address);
+    } else {
+        uint32_t a[4], b[4], c[4];
+        load_shared<OFFSET>(a, address);
+        load_shared<OFFSET + 512>(b, address);
+        load_shared<OFFSET + 1024>(c, address);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) unpack6(a[i], b[i], c[i], w[i]);
+    }
+}
+
+// acc[tile][rows of 8] += one brick times all rows; `rows`: this lane's row of the first eight. The groups of eight
+// rows are GROUP bytes apart, or, if that is 0, `group`.
+template <int GROUPS, int GROUP, int COLUMN, int G = 0>
+__device__ __forceinline__ void multiply(int32_t (&acc)[2][GROUPS][4], const uint32_t (&w)[4][4], uint32_t rows,
+                                         uint32_t group) {
+    if constexpr (G < GROUPS) {
+        uint32_t b[4];
+        load_matrices<G * GROUP + COLUMN>(b, GROUP ? rows : rows + G * group);
+        mma_s8(acc[0][G], w[0], b[0], b[1]);
+        mma_s8(acc[1][G], w[1], b[0], b[1]);
+        mma_s8(acc[0][G], w[2], b[2], b[3]);
+        mma_s8(acc[1][G], w[3], b[2], b[3]);
+        multiply<GROUPS, GROUP, COLUMN, G + 1>(acc, w, rows, group);
+    }
+}
+
+// The bricks of a step: weights and rows from those offsets on.
+template <class T, int BITS, int GROUPS, int GROUP, int DEPTH, int WEIGHTS, int ROWS, int BRICK = 0>
+__device__ __forceinline__ void multiply_bricks(int32_t (&acc)[2][GROUPS][4], uint32_t weights, uint32_t rows,
+                                                uint32_t group) {
+    if constexpr (BRICK < DEPTH) {
+        uint32_t w[4][4];
+        load_weights<T, BITS, WEIGHTS + BRICK * T::BRICK>(w, weights);
+        multiply<GROUPS, GROUP, ROWS + BRICK * BRICK_K>(acc, w, rows, group);
+        multiply_bricks<T, BITS, GROUPS, GROUP, DEPTH, WEIGHTS, ROWS, BRICK + 1>(acc, weights, rows, group);
+    }
+}
+
+// The rows of codes of a step, copied by all threads, 16 bytes each; what does not exist becomes 0.
+template <class T>
+struct RowCopies {
+    static constexpr int PER_ROW = T::STEP_K / 16, ALL = T::ROWS * PER_ROW;
+    static constexpr int EACH = (ALL + T::THREADS - 1) / T::THREADS;
+
+    const int8_t* source[EACH];
+    uint32_t bytes[EACH];  // 16, or 0 if the row does not exist
+    uint32_t target;       // of the first copy, in the first slot
+    int left;              // columns from this thread's first byte to the end of K
+
+    static constexpr int ROW_STEP = T::THREADS / PER_ROW, TARGET_STEP = ROW_STEP * T::PITCH;
+    static_assert(T::THREADS % PER_ROW == 0, "a thread stays in its column");
+
+    __device__ __forceinline__ RowCopies(const GemmParams& p, int64_t first_row, int first_k, uint32_t shared) {
+        // Eight lanes write eight times 16 bytes in one go, to different banks: a whole row of 128 bytes, or, of
+        // shorter rows, a column of eight.
+        static_assert(PER_ROW >= 8 || PER_ROW == 4, "eight lanes stay within a row, or a warp covers eight rows");
+        const uint32_t lane = threadIdx.x % 32;
+        const uint32_t row = PER_ROW == 4 ? threadIdx.x / 32 * 8 + lane % 8 : threadIdx.x / PER_ROW;
+        const uint32_t column = (PER_ROW == 4 ? lane / 8 : threadIdx.x % PER_ROW) * 16;
+        target = kept(shared + row * T::PITCH + column);
+        left = p.width - first_k - static_cast<int>(column);
+        // Rows of the tile that exist.
+        const uint32_t rows = static_cast<uint32_t>(smaller(p.rows - first_row, T::ROWS));
+        const int8_t* tile = p.codes + first_row * p.codes_stride + (first_k + column);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const uint32_t r = row + i * ROW_STEP;
+            bytes[i] = r < rows ? 16 : 0;
+            source[i] = r < rows ? tile + r * p.codes_stride : tile;
+        }
+    }
+    template <int SLOT>
+    __device__ __forceinline__ void copy() {
+        copy_each<SLOT>();
+        left -= T::STEP_K;
+    }
+    template <int SLOT, int I = 0>
+    __device__ __forceinline__ void copy_each() {
+        if constexpr (I < EACH) {
+            if (ALL % T::THREADS == 0 || I + 1 < EACH || threadIdx.x < ALL % T::THREADS) {
+                copy16_or_zero<SLOT * T::ACTIVATIONS + I * TARGET_STEP>(target, source[I], left > 0 ? bytes[I] : 0);
+            }
+            source[I] += T::STEP_K;
+            copy_each<SLOT, I + 1>();
+        }
+    }
+};
+
+// What a kernel that normalised its rows copies of them: nothing.
+struct NoCopies {
+    template <int SLOT>
+    __device__ __forceinline__ void copy() {}
+};
+
+// The steps of a block. Those that fill whole turns of the ring are a loop, the others follow without one.
+// RESIDENT: all rows are in shared memory, and a warp reads no weights but its own: there is nothing to wait for
+// others.
+template <class T, int BITS, int GROUPS, int WARPS_K, int DEPTH, int STAGES, bool RESIDENT>
+struct Pipeline {
+    WeightRing<T, DEPTH, WARPS_K>& ring;
+    std::conditional_t<RESIDENT, NoCopies, RowCopies<T>>& copies;
+    uint32_t rows;         // this lane's row of the first eight: in the first slot; RESIDENT: in the current step
+    const uint32_t group;  // RESIDENT: bytes from one group of eight rows to the next
+    int mine;              // bricks of this warp from the current step on
+    int steps;             // from the current one on
+
+    template <int SLOT>
+    __device__ __forceinline__ void copy() {
+        ring.template copy<SLOT>();
+        copies.template copy<SLOT>();
+    }
+    template <int SLOT = 0>
+    __device__ __forceinline__ void fill() {
+        if constexpr (SLOT < STAGES - 1) {
+            if (SLOT < steps) copy<SLOT>();
+            commit_copies();
+            fill<SLOT + 1>();
+        }
+    }
+    template <int SLOT>
+    __device__ __forceinline__ void step(int32_t (&acc)[2][GROUPS][4], bool more) {
+        wait_copies<STAGES - 2>();
+        if constexpr (!RESIDENT) __syncthreads();
+        if (more) copy<(SLOT + STAGES - 1) % STAGES>();
+        commit_copies();
+        if (mine > 0) {
+            multiply_bricks<T, BITS, GROUPS, RESIDENT ? 0 : 8 * T::PITCH, DEPTH, SLOT * T::WEIGHTS,
+                            RESIDENT ? 0 : SLOT * T::ACTIVATIONS>(acc, ring.slots, rows, group);
+        }
+        if constexpr (RESIDENT) rows += T::STEP_K;
+        mine -= ring.TURN;
+    }
+    template <int SLOT = 0>
+    __device__ __forceinline__ void turn(int32_t (&acc)[2][GROUPS][4]) {
+        if constexpr (SLOT < STAGES) {
+            step<SLOT>(acc, steps >= STAGES + SLOT);
+            turn<SLOT + 1>(acc);
+        }
+    }
+    template <int SLOT = 0>
+    __device__ __forceinline__ void rest(int32_t (&acc)[2][GROUPS][4]) {
+        if constexpr (SLOT < STAGES - 1) {
+            if (SLOT >= steps) return;
+            step<SLOT>(acc, false);
+            rest<SLOT + 1>(acc);
+        }
+    }
+    __device__ __forceinline__ void run(int32_t (&acc)[2][GROUPS][4]) {
+#pragma unroll 1
+        for (; steps >= STAGES; steps -= STAGES) turn(acc);
+        rest(acc);
+    }
+};
+
+// Input and output grid of every row of the tile, alternating: what the epilogue needs of positions. Asked for before
+// the main loop, which hides the way there.
+template <class T, Output OUTPUT>
+__device__ __forceinline__ void load_grids(const GemmParams& p, int64_t first_row, Grid* grids) {
+    for (int r = static_cast<int>(threadIdx.x); r < T::ROWS; r += T::THREADS) {
+        if (first_row + r >= p.rows) {  // computed along, and dropped
+            grids[2 * r] = grids[2 * r + 1] = Grid{};
+            continue;
+        }
+        const uint32_t turn = static_cast<uint32_t>(first_row + r) % p.grids.period;
+        const int64_t position = position_at(p.positions, p.grids.wide, turn);
+        grids[2 * r] = load_grid(p.table + clamp_index(position, p.grids.length));
+        if (OUTPUT == Output::quant) grids[2 * r + 1] = load_grid(p.out_table + clamp_index(position, p.out_length));
+    }
+}
+
+// Unit u of a lane (g = lane / 4, t = lane % 4): four channels, 4 g..4 g + 3 of the strip, of row 8 (u / 2) + 2 t + u
+// % 2.
+template <int BITS, int GROUPS>
+__device__ __forceinline__ int4 unit_of(const int32_t (&acc)[2][GROUPS][4], int u) {
+    const int g = u / 2, odd = u % 2;
+    constexpr int SHIFT = BITS == 6 ? 2 : 0;  // left-justified codes: a multiple of 4
+    return make_int4(acc[0][g][odd] >> SHIFT, acc[0][g][2 + odd] >> SHIFT, acc[1][g][odd] >> SHIFT,
+                     acc[1][g][2 + odd] >> SHIFT);
+}
+__device__ __forceinline__ int row_of_unit(int u, int lane) {
+    return u / 2 * 8 + lane % 4 * 2 + u % 2;
+}
+
+__device__ __forceinline__ int4 operator+(const int4& a, const int4& b) {
+    return make_int4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// No strip is shared: a warp writes units to its own shared memory and takes them from there again, which is how
+// registers are indexed in a loop. A lane reads what it wrote. Half of the groups at a time.
+template <class T, int BITS, int GROUPS, Output OUTPUT>
+__device__ __forceinline__ void finish_alone(const int32_t (&acc)[2][GROUPS][4], const Warp& warp, const Grid* grids,
+                                             int64_t first_row, int4* exchange, const Epilogue<OUTPUT>& epilogue) {
+    constexpr int HALF = (GROUPS + 1) / 2;
+    int4* own = exchange + warp.index * (2 * HALF * 32) + warp.lane;
+#pragma unroll
+    for (int begin = 0; begin < GROUPS; begin += HALF) {
+        const int end = begin + HALF < GROUPS ? begin + HALF : GROUPS;
+#pragma unroll
+        for (int u = 2 * begin; u < 2 * end; ++u) own[(u - 2 * begin) * 32] = unit_of<BITS>(acc, u);
+#pragma unroll 1
+        for (int u = 2 * begin; u < 2 * end; u += 2) {
+            const int local[2] = {row_of_unit(u, warp.lane), row_of_unit(u, warp.lane) + 1};
+            const int4 sums[2] = {own[(u - 2 * begin) * 32], own[(u - 2 * begin + 1) * 32]};
+            epilogue.rows(grids, first_row, local, sums);
+        }
+    }
+}
+
+// WARPS_K warps share a strip: each writes all units, and finishes every WARPS_K-th.
+template <class T, int BITS, int GROUPS, int WARPS_N, int WARPS_K, Output OUTPUT>
+__device__ __forceinline__ void finish_together(const GemmParams& p, const int32_t (&acc)[2][GROUPS][4],
+                                                const Warp& warp, const Grid* grids, int64_t first_row, int4* exchange,
+                                                const Epilogue<OUTPUT>& epilogue) {
+    constexpr int EACH = T::UNITS / WARPS_K, AT_ONCE = EACH % 4 == 0 ? 4 : EACH;
+    static_assert(T::UNITS % WARPS_K == 0, "warps finish the same number of units");
+    int4* own = exchange + warp.index * (T::UNITS * 32) + warp.lane;
+#pragma unroll
+    for (int u = 0; u < T::UNITS; ++u) own[u * 32] = unit_of<BITS>(acc, u);
+    __syncthreads();
+    const auto sum_of = [&](int u) {
+        int4 sum = exchange[(warp.n * T::UNITS + u) * 32 + warp.lane];
+#pragma unroll
+        for (int k = 1; k < WARPS_K; ++k) {
+            sum = sum + exchange[((k * WARPS_N + warp.n) * T::UNITS + u) * 32 + warp.lane];
+        }
+        return sum;
+    };
+
+    const unsigned parts = gridDim.z, tile = blockIdx.y * gridDim.x + blockIdx.x;
+    // A part's sums, [strip][unit][row of the unit][channels / 4]: rows that do not exist are left out.
+    const auto partial_of = [&](unsigned part, int u) {
+        const int64_t place = static_cast<int64_t>(part) * (gridDim.x * gridDim.y) + tile;
+        return reinterpret_cast<int4*>(p.partial) + ((place * WARPS_N + warp.n) * T::UNITS + u) * 32 +
+               warp.lane % 4 * 8 + warp.lane / 4;
+    };
+    const bool split = parts > 1;
+    if (split) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int u = warp.k + i * WARPS_K;
+            if (first_row + row_of_unit(u, warp.lane) < p.rows) {
+                *partial_of(blockIdx.z, u) = sum_of(u);
+            }
+        }
+        __shared__ unsigned int flag;
+        if (!arrive_last(p.counters + tile, parts, &flag)) return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < EACH; i += AT_ONCE) {
+        int local[AT_ONCE];
+        int4 sums[AT_ONCE];
+#pragma unroll
+        for (int a = 0; a < AT_ONCE; ++a) {
+            const int u = warp.k + (i + a) * WARPS_K;
+            local[a] = row_of_unit(u, warp.lane);
+            sums[a] = sum_of(u);
+            if (split && first_row + local[a] < p.rows) {
+                for (unsigned part = 0; part < parts; ++part) {
+                    if (part != blockIdx.z) sums[a] = sums[a] + __ldcg(partial_of(part, u));
+                }
+            }
+        }
+        epilogue.rows(grids, first_row, local, sums);
+    }
+}
+
+extern __shared__ __align__(16) unsigned char gemm_shared[];
+
+// A tile of the result. Grid: row tiles, column tiles, parts of K.
+// NORM: the rows are those of a residual stream, normalised and quantized here (norm_tile.cuh), and stay in shared
+// memory; there is one row tile and one part. Weights are on their way meanwhile.
+template <int BITS, int GROUPS, int WARPS_N, int WARPS_K, int DEPTH, int STAGES, Output OUTPUT, bool NORM>
+__device__ __forceinline__ void gemm_tile(const GemmParams& p) {
+    using T = Tile<BITS, GROUPS, WARPS_N, WARPS_K, DEPTH, STAGES>;
+    const Warp warp(WARPS_N);
+    const int64_t first_row = NORM ? 0 : static_cast<int64_t>(blockIdx.x) * T::ROWS;
+    const int first_channel = static_cast<int>(blockIdx.y) * T::SHAPE.channels();
+    const int strip = static_cast<int>(blockIdx.y) * WARPS_N + warp.n;
+
+    // Shared memory: constants; the resident rows of NORM; slots of weights and, behind all of those, of activations.
+    Grid* grids = reinterpret_cast<Grid*>(gemm_shared);
+    auto& table = *reinterpret_cast<ChannelTable<T::SHAPE.channels()>*>(grids + 2 * T::ROWS);
+    unsigned char* resident = gemm_shared + T::SHAPE.constant_bytes();
+    const int pitch = NORM ? TileShape::pitch(p.bricks * BRICK_K) : T::PITCH;
+    unsigned char* slots = resident + (NORM ? T::ROWS * pitch : 0);
+    const uint32_t weight_slots = shared_address(slots), row_slots = weight_slots + STAGES * T::WEIGHTS;
+
+    const int begin = NORM ? 0 : static_cast<int>(blockIdx.z) * p.part_bricks;
+    const int bricks = min(p.part_bricks, p.bricks - begin);
+    WeightRing<T, DEPTH, WARPS_K> ring(p, warp, strip, begin, bricks, weight_slots);
+    const uint32_t lane_row = warp.lane % 8 * pitch + warp.lane / 8 * 16 + warp.k * (DEPTH * BRICK_K);
+    const uint32_t rows = kept((NORM ? shared_address(resident) : row_slots) + lane_row);
+    const int steps = (bricks + ring.TURN - 1) / ring.TURN;
+    int32_t acc[2][GROUPS][4] = {};
+    if constexpr (NORM) {
+        NoCopies copies;
+        Pipeline<T, BITS, GROUPS, WARPS_K, DEPTH, STAGES, true> pipeline{ring,       copies,    rows,
+                                                                         8u * pitch, ring.left, steps};
+        pipeline.fill();
+        table.load(p, first_channel);
+        load_grids<T, OUTPUT>(p, first_row, grids);
+        __shared__ NormScratch<T::ROWS, NORM_SEGMENTS> scratch;
+        norm_quantize_tile<T::SHAPE.warps()>(p.norm_in, p.norm, p.table, p.positions, p.grids, 0,
+                                             static_cast<int>(p.rows), T::ROWS, p.bricks * BRICK_K, scratch,
+                                             [&](int row, int column) { return resident + row * pitch + column; });
+        __syncthreads();
+        pipeline.run(acc);
+    } else {
+        RowCopies<T> copies(p, first_row, begin * BRICK_K, row_slots);
+        Pipeline<T, BITS, GROUPS, WARPS_K, DEPTH, STAGES, false> pipeline{ring, copies, rows, 0, ring.left, steps};
+        pipeline.fill();
+        table.load(p, first_channel);
+        load_grids<T, OUTPUT>(p, first_row, grids);
+        pipeline.run(acc);
+    }
+
+    __syncthreads();  // the slots become room for the exchange
+    int4* exchange = reinterpret_cast<int4*>(slots);
+    const Channels channels(p, table, first_channel, warp.n * STRIP + warp.lane / 4 * QUAD);
+    const Epilogue<OUTPUT> epilogue(p, channels);
+    if constexpr (WARPS_K == 1) {
+        finish_alone<T, BITS, GROUPS>(acc, warp, grids, first_row, exchange, epilogue);
+    } else {
+        finish_together<T, BITS, GROUPS, WARPS_N, WARPS_K>(p, acc, warp, grids, first_row, exchange, epilogue);
+    }
+}
+
+}  // namespace ptq::cuda

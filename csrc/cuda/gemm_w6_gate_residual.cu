@@ -1,0 +1,3 @@
+#include "gemm_kernels.cuh"
+
+PTQ_GEMM_KERNELS(6, gate_residual)

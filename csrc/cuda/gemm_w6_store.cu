@@ -1,0 +1,4 @@
+#include "gemm_kernels.cuh"
+
+PTQ_GEMM_KERNELS(6, store)
+PTQ_GEMM_NORM_KERNELS(6, store)

@@ -1,0 +1,3 @@
+#include "gemm_kernels.cuh"
+
+PTQ_GEMM_KERNELS(8, gate_residual)
