@@ -11,11 +11,16 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.hpp')
 
+# CUDA kernels of the module in the package: for this machine's GPUs, or, where tests emulate them, for one architecture
+# (every one takes its time). Wheels have all.
+CUDA_ARCHS ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d '.' | sort -u | paste -sd ';' | grep . || echo 80)
+
 # Builds of the compiled module for tests, apart from the one in the package.
 EMULATED := build/emulated
 SANITIZED := build/sanitized
+BUILD_FILES := setup.py $(wildcard build_support/*.py)
 MODULE = PTQ4ARVG_CPU_MODULE=$$(ls $(1)/ptq4arvg_kernels/_cpu.*.so)
-BUILD_INTO = $(BIN)/python setup.py --quiet build_ext --build-lib $(1) --build-temp $(1)/objects
+BUILD_INTO = PTQ4ARVG_BUILD_CUDA=0 $(BIN)/python setup.py --quiet build_ext --build-lib $(1) --build-temp $(1)/objects
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g -DPTQ_DEBUG
 # LD_PRELOAD: Python itself knows nothing of the sanitizers, and their runtime must be there first.
 RUNTIMES = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"
@@ -30,7 +35,7 @@ REPORTS := ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORT) \
 
 help:
 	@echo "make venv           create $(VENV), install the project into it and compile (PYTHON=$(PYTHON))"
-	@echo "make build          compile csrc/ again if it changed"
+	@echo "make build          compile csrc/ again if it changed (CUDA_ARCHS=$(CUDA_ARCHS), where there is an nvcc)"
 	@echo "make demo           run the demonstration"
 	@echo "make test           run the tests (JOBS=$(JOBS))"
 	@echo "make test-emulated  run the kernel tests with AVX-512 and AMX emulated: without them, their only test"
@@ -53,9 +58,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # The stamp is as old as the beginning of a build: sources saved meanwhile are compiled next time.
-$(BUILT): $(CSRC) setup.py | $(STAMP)
+$(BUILT): $(CSRC) $(BUILD_FILES) | $(STAMP)
 	@touch $@.new
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	PTQ4ARVG_CUDA_ARCHS='$(CUDA_ARCHS)' $(BIN)/python setup.py --quiet build_ext --inplace
 	@mv $@.new $@
 
 demo: $(BUILT)
@@ -64,7 +69,7 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(PYTEST) --benchmark-disable
 
-$(EMULATED)/.built: $(CSRC) setup.py | $(STAMP)
+$(EMULATED)/.built: $(CSRC) $(BUILD_FILES) | $(STAMP)
 	@rm -rf $(EMULATED) && mkdir -p $(EMULATED) && touch $@.new
 	PTQ4ARVG_EMULATE=1 $(call BUILD_INTO,$(EMULATED))
 	@mv $@.new $@
@@ -73,7 +78,7 @@ test-emulated: $(BUILT) $(EMULATED)/.built
 	$(call MODULE,$(EMULATED)) $(PYTEST) --benchmark-disable tests/kernels -k "avx512vnni or amx"
 
 # With AVX-512 and AMX emulated: the sanitizers see its loads, also those in assembly, and need no machine that has it.
-$(SANITIZED)/.built: $(CSRC) setup.py | $(STAMP)
+$(SANITIZED)/.built: $(CSRC) $(BUILD_FILES) | $(STAMP)
 	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && touch $@.new
 	PTQ4ARVG_EMULATE=1 CXXFLAGS="$(SANITIZERS)" $(call BUILD_INTO,$(SANITIZED))
 	@mv $@.new $@
@@ -110,5 +115,5 @@ wheel: $(STAMP)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
-	rm -f ptq4arvg_kernels/_cpu.*.so $(BUILT)
+	rm -f ptq4arvg_kernels/_cpu.*.so ptq4arvg_kernels/_cuda.*.so $(BUILT)
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,14 +1,17 @@
-"""Check that a wheel holds exactly the files of the two packages in the checkout, the assets among them, and the one
-compiled module. The checkout may hold modules of other Python releases."""
+"""Check that a wheel holds exactly the files of the two packages in the checkout, the assets among them, and the
+compiled modules: the CPU kernels and, where there is an nvcc, the CUDA kernels. The checkout may hold modules of other
+Python releases."""
 
 import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("ptq4arvg", "ptq4arvg_kernels")
-COMPILED = re.compile(r"ptq4arvg_kernels/_cpu\.[\w-]+\.so")
+COMPILED = re.compile(r"ptq4arvg_kernels/(_cpu|_cuda)\.[\w-]+\.so")
+MAX_BYTES = 80_000_000
 
 
 def main(wheel: str) -> int:
@@ -28,12 +31,16 @@ def main(wheel: str) -> int:
     assets = [name for name in packed if name.startswith("ptq4arvg/assets/")]
     if not assets:
         problems.append("the wheel holds no file under ptq4arvg/assets/")
-    if len(compiled) != 1:
-        problems.append(f"the wheel holds {len(compiled)} compiled modules instead of one: {compiled}")
+    modules = ["_cpu", *(["_cuda"] if shutil.which("nvcc") else [])]
+    if [found.group(1) for found in map(COMPILED.fullmatch, compiled) if found] != modules:
+        problems.append(f"the wheel holds the compiled modules {compiled} instead of one each of {modules}")
+    size = Path(wheel).stat().st_size
+    if size > MAX_BYTES:
+        problems.append(f"the wheel has {size} bytes, more than {MAX_BYTES}")
     for problem in problems:
         print(problem, file=sys.stderr)
     if not problems:
-        print(f"{wheel}: {len(packed)} files, {len(assets)} of them assets, and {compiled[0]}")
+        print(f"{wheel}: {size} bytes, {len(packed)} files, {len(assets)} of them assets, and {', '.join(compiled)}")
     return 1 if problems else 0
 
 

@@ -21,32 +21,6 @@ int run_team(int threads, const Kernel& kernel) {
     });
 }
 
-// A dictionary whose entries are tensors or None.
-class Operands {
-  public:
-    explicit Operands(const py::dict& entries) : entries_(entries) {}
-
-    bool has(const char* name) const { return entries_.contains(name) && !entries_[name].is_none(); }
-    View view(const char* name) const {
-        if (!has(name)) throw std::invalid_argument(std::string(name) + " is missing");
-        return View(name, get<py::tuple>(name));
-    }
-    template <typename T>
-    T get(const char* name) const {
-        if (!has(name)) throw std::invalid_argument(std::string(name) + " is missing");
-        try {
-            return py::cast<T>(entries_[name]);
-        } catch (const py::cast_error&) {
-            throw std::invalid_argument(std::string(name) + " has the wrong type");
-        }
-    }
-    Operands sub(const char* name) const { return Operands(get<py::dict>(name)); }
-    Vector vector(const char* name, int64_t size) const { return has(name) ? vector_of(view(name), size) : Vector{}; }
-
-  private:
-    py::dict entries_;
-};
-
 BlockLayer layer_of(const Operands& o) {
     const PackShape shape = pack_shape(o.get<int64_t>("out_features"), o.get<int64_t>("in_features"),
                                        o.get<int>("bits"), o.get<bool>("paired"));
@@ -65,25 +39,6 @@ BlockLayer layer_of(const Operands& o) {
         if (!lawful(layer.table.rows[i], false)) o.view("table").fail("has a row that breaks the law");
     }
     return layer;
-}
-
-BlockNorm norm_of(const Operands& o, int64_t width) {
-    BlockNorm norm;
-    norm.kind = static_cast<NormKind>(in_range("norm_kind", o.get<int>("kind"), 0, 1));
-    norm.eps = o.get<float>("eps");
-    norm.weight = o.vector("weight", width);
-    norm.bias = o.vector("bias", width);
-    norm.offset = o.get<float>("offset");
-    norm.scale = o.get<int>("scale");
-    norm.shift = o.get<int>("shift");
-    norm.gate = o.get<int>("gate");
-    if ((norm.scale < 0) != (norm.shift < 0)) throw std::invalid_argument("modulation needs both scale and shift");
-    return norm;
-}
-
-int chunks_used(const BlockNorm& norm) {
-    const int largest = norm.scale > norm.shift ? norm.scale : norm.shift;
-    return (largest > norm.gate ? largest : norm.gate) + 1;
 }
 
 // Modulation of a call: [R, >= chunks * width], needed exactly when there are chunks. False: a row map that leaves it.
@@ -131,8 +86,7 @@ class Layer {
         BlockCall call{};
         const int64_t width = layer_.weights.in_features;
         const int64_t rows = bring_rows(call, x, positions, out, width, layer_.weights.out_features);
-        const bool good =
-            bring_modulation(call, modulation, modulation_rows, rows, norm_ ? chunks_used(*norm_) : 0, width);
+        const bool good = bring_modulation(call, modulation, modulation_rows, rows, norm_ ? norm_->chunks() : 0, width);
         checked_threads(threads);
         if (!good || !ptq::in_range(call.positions, layer_.table.length)) return BAD_DATA;
         if (rows * width * layer_.weights.out_features < SERIAL_PRODUCTS) threads = 1;
@@ -206,7 +160,7 @@ class Block {
         BlockCall call{};
         const int64_t rows = bring_rows(call, x, positions, out, p.width, p.width);
         if (call.out.dtype != call.in.dtype) throw std::invalid_argument("out has another dtype than x");
-        const int chunks1 = chunks_used(p.norm1), chunks2 = chunks_used(p.norm2);
+        const int chunks1 = p.norm1.chunks(), chunks2 = p.norm2.chunks();
         bool good =
             bring_modulation(call, modulation, modulation_rows, rows, chunks1 > chunks2 ? chunks1 : chunks2, p.width);
         call.k = cache_of("k_cache", k_cache, call.batch, p.heads, p.head_dim);

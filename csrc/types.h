@@ -92,4 +92,39 @@ struct Table {
     int64_t length = 0;
 };
 
+// A key or value cache, int8 [B, H, S, dp].
+struct Cache {
+    int8_t* data = nullptr;
+    int64_t batch_stride = 0, head_stride = 0;
+    int64_t slots = 0, lanes = 0;  // S, dp
+
+    PTQ_INLINE int8_t* slot(int64_t batch, int64_t head, int64_t slot) const {
+        return data + batch * batch_stride + head * head_stride + slot * lanes;
+    }
+};
+
+// Tables [groups, heads, 4] of keys and values, and the group of every slot.
+struct CacheTables {
+    const Grid *k = nullptr, *v = nullptr;
+    const int32_t* group = nullptr;  // [slots]
+};
+
+// A norm of a block, and the chunks of the modulation [R, chunks * width] that it reads.
+struct BlockNorm {
+    NormKind kind = NormKind::layer;
+    float eps = 0;
+    Vector weight, bias;
+    float offset = 1;            // added to the modulation's scale
+    int scale = -1, shift = -1;  // chunks of the modulation, or -1: not modulated
+    int gate = -1;               // chunk that gates the sub-block's result, or -1
+
+    PTQ_INLINE int chunks() const { return static_cast<int>(larger(larger(scale, shift), gate)) + 1; }
+};
+
+PTQ_INLINE Rows chunk_of(const Rows& modulation, int chunk, int64_t width) {
+    if (chunk < 0 || !modulation.data) return {};
+    const char* first = static_cast<const char*>(modulation.data) + chunk * width * dtype_size(modulation.dtype);
+    return {first, modulation.dtype, modulation.stride};
+}
+
 }  // namespace ptq

@@ -71,6 +71,10 @@ class Backend:
         """
         return None
 
+    def details(self) -> str:
+        """What to say of this backend where it is available."""
+        return "available"
+
     def why_not(self, op: str, spec: OpSpec) -> str | None:
         """None if this backend serves the call, else a readable reason."""
         reason = self.unavailable()
@@ -183,7 +187,7 @@ def doctor() -> list[BackendStatus]:
     report = []
     for _, backend in _BACKENDS:
         reason = backend.unavailable()
-        report.append(BackendStatus(backend.name, reason is None, "available" if reason is None else reason))
+        report.append(BackendStatus(backend.name, reason is None, backend.details() if reason is None else reason))
     return report
 
 

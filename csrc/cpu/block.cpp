@@ -41,12 +41,6 @@ struct Buffers {
     }
 };
 
-Rows chunk_of(const Rows& modulation, int chunk, int64_t width) {
-    if (chunk < 0 || !modulation.data) return {};
-    const char* first = static_cast<const char*>(modulation.data) + chunk * width * dtype_size(modulation.dtype);
-    return {first, modulation.dtype, modulation.stride};
-}
-
 AdalnArgs norm_args(const BlockNorm& norm, const BlockPlan& plan, const BlockCall& call, const Rows& x, int64_t rows,
                     const Table& table, const Codes& out) {
     AdalnArgs args{};

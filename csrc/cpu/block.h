@@ -8,15 +8,6 @@
 
 namespace ptq {
 
-struct BlockNorm {
-    NormKind kind = NormKind::layer;
-    float eps = 0;
-    Vector weight, bias;
-    float offset = 1;            // added to the modulation's scale
-    int scale = -1, shift = -1;  // chunks of the modulation, or -1: not modulated
-    int gate = -1;               // chunk that gates the sub-block's result, or -1
-};
-
 struct BlockLayer {
     Weights weights;
     Table table;

@@ -77,23 +77,6 @@ struct LinearArgs {
     Epilogue epilogue;
 };
 
-// A key or value cache, int8 [B, H, S, dp].
-struct Cache {
-    int8_t* data = nullptr;
-    int64_t batch_stride = 0, head_stride = 0;
-    int64_t slots = 0, lanes = 0;  // S, dp
-
-    PTQ_INLINE int8_t* slot(int64_t batch, int64_t head, int64_t slot) const {
-        return data + batch * batch_stride + head * head_stride + slot * lanes;
-    }
-};
-
-// Tables [groups, heads, 4] of keys and values, and the group of every slot.
-struct CacheTables {
-    const Grid *k = nullptr, *v = nullptr;
-    const int32_t* group = nullptr;  // [slots]
-};
-
 // q, k, v = split(qkv); q, k = kind(q, k); cache[position] = Q(k), Q(v)
 struct AppendArgs {
     int64_t batch, heads, head_dim;

@@ -17,17 +17,11 @@ __device__ __forceinline__ uint64_t evict_normal() {
     return policy;
 }
 
-// From source + FROM to target + TO, bytes.
+// `bytes` of 16 from source + FROM to target + TO, zeros behind them; with 0 bytes the source is not read.
 template <int TO, int FROM>
-__device__ __forceinline__ void copy16(uint32_t target, const void* source, uint64_t policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0 + %3], [%1 + %4], 16, %2;" ::"r"(target), "l"(source),
-                 "l"(policy), "n"(TO), "n"(FROM)
-                 : "memory");
-}
-// `bytes` of 16, zeros behind them, to target + TO; with 0 bytes the source is not read.
-template <int TO>
-__device__ __forceinline__ void copy16_or_zero(uint32_t target, const void* source, uint32_t bytes) {
-    asm volatile("cp.async.cg.shared.global [%0 + %3], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes), "n"(TO)
+__device__ __forceinline__ void copy16_or_zero(uint32_t target, const void* source, uint32_t bytes, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0 + %4], [%1 + %5], 16, %2, %3;" ::"r"(target),
+                 "l"(source), "r"(bytes), "l"(policy), "n"(TO), "n"(FROM)
                  : "memory");
 }
 

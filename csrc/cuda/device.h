@@ -4,7 +4,7 @@
 namespace ptq::cuda {
 
 struct DeviceInfo {
-    int capability = 80;       // 10 * major + minor
+    int capability = 80;  // 10 * major + minor
     int multiprocessors = 1;
     int shared_bytes = 48 * 1024;  // most a thread block may have, after asking for it
 };

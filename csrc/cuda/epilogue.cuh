@@ -89,12 +89,13 @@ __device__ __forceinline__ void store_quad(void* p, DType dtype, int64_t i, int 
 }
 
 // The rows of a lane, COUNT at a time: everything is asked for before the first use. grids: input grid and output grid
-// of the tile's rows, alternating. `local` counts rows from the tile's first one; a row that does not exist is skipped.
-template <Output OUTPUT>
+// of the tile's rows, alternating. `local` counts rows from the tile's first one; of them there are `exist`.
+// ACTIVATE: whether there is an activation. It is known before the first row, and without one nothing is asked per row.
+template <Output OUTPUT, bool ACTIVATE>
 struct Epilogue;
 
-template <>
-struct Epilogue<Output::store> {
+template <bool ACTIVATE>
+struct Epilogue<Output::store, ACTIVATE> {
     const GemmParams& p;
     const Channels& c;
     const bool whole;
@@ -103,22 +104,22 @@ struct Epilogue<Output::store> {
         : p(p), c(c), whole(whole_quads(p.out, p.out_dtype, p.channels, c.count)) {}
 
     template <int COUNT>
-    __device__ __forceinline__ void rows(const Grid* grids, int64_t first, const int (&local)[COUNT],
+    __device__ __forceinline__ void rows(const Grid* grids, int64_t first, int exist, const int (&local)[COUNT],
                                          const int4 (&acc)[COUNT]) const {
 #pragma unroll
         for (int u = 0; u < COUNT; ++u) {
+            if (local[u] >= exist) continue;
             const int64_t row = first + local[u];
-            if (row >= p.rows) continue;
             float y[QUAD];
             dequantize(p, c, grids[2 * local[u]], acc[u], y);
-            if (p.activation != Activation::none) activate(p.activation, y);
+            if constexpr (ACTIVATE) activate(p.activation, y);
             store_quad(p.out, p.out_dtype, row * p.channels + c.first, c.count, whole, y);
         }
     }
 };
 
-template <>
-struct Epilogue<Output::gate_residual> {
+template <bool ACTIVATE>
+struct Epilogue<Output::gate_residual, ACTIVATE> {
     const GemmParams& p;
     const Channels& c;
     const bool whole, whole_gate;
@@ -131,13 +132,13 @@ struct Epilogue<Output::gate_residual> {
           whole_gate(whole_quads(p.gate, p.gate_dtype, p.gate_stride, c.count)) {}
 
     template <int COUNT>
-    __device__ __forceinline__ void rows(const Grid* grids, int64_t first, const int (&local)[COUNT],
+    __device__ __forceinline__ void rows(const Grid* grids, int64_t first, int exist, const int (&local)[COUNT],
                                          const int4 (&acc)[COUNT]) const {
         Raw<QUAD> residual[COUNT], gate[COUNT];
 #pragma unroll
         for (int u = 0; u < COUNT; ++u) {
+            if (local[u] >= exist) continue;
             const int64_t row = first + local[u];
-            if (row >= p.rows) continue;
             residual[u] = fetch_quad(p.residual, p.out_dtype, row * p.channels + c.first, c.count, whole);
             if (p.gate) {
                 const int64_t from = pick(p.gate_rows, row, p.gate_count) * p.gate_stride;
@@ -146,8 +147,8 @@ struct Epilogue<Output::gate_residual> {
         }
 #pragma unroll
         for (int u = 0; u < COUNT; ++u) {
+            if (local[u] >= exist) continue;
             const int64_t row = first + local[u];
-            if (row >= p.rows) continue;
             float y[QUAD], v[QUAD];
             dequantize(p, c, grids[2 * local[u]], acc[u], y);
             if (p.gate) {
@@ -163,8 +164,8 @@ struct Epilogue<Output::gate_residual> {
     }
 };
 
-template <>
-struct Epilogue<Output::quant> {
+template <bool ACTIVATE>
+struct Epilogue<Output::quant, ACTIVATE> {
     const GemmParams& p;
     const Channels& c;
     const int width, first_out, count;  // channels of a row of codes; of them, the lane's
@@ -180,7 +181,7 @@ struct Epilogue<Output::quant> {
     }
 
     template <int COUNT>
-    __device__ __forceinline__ void rows(const Grid* grids, int64_t first, const int (&local)[COUNT],
+    __device__ __forceinline__ void rows(const Grid* grids, int64_t first, int exist, const int (&local)[COUNT],
                                          const int4 (&acc)[COUNT]) const {
 #pragma unroll
         for (int u = 0; u < COUNT; ++u) {
@@ -191,14 +192,15 @@ struct Epilogue<Output::quant> {
                 y[0] = silu(y[0]) * y[1];
                 y[1] = silu(y[2]) * y[3];
                 y[2] = y[3] = 0.0f;
-            } else if (p.activation != Activation::none) {
+            } else if constexpr (ACTIVATE) {
                 activate(p.activation, y);
             }
             uint32_t codes[1];
             to_codes(Quantizer(grids[2 * local[u] + 1]), y, codes);
             int32_t sum = 0;
-            if (row < p.rows) sum = write(row, codes[0]);
-            if (p.sums) add_to_row(row, sum);
+            const bool exists = local[u] < exist;
+            if (exists) sum = write(row, codes[0]);
+            if (p.sums) add_to_row(row, exists, sum);
         }
     }
 
@@ -224,10 +226,10 @@ struct Epilogue<Output::quant> {
         return add_codes(codes, 0);
     }
     // Eight lanes hold the same row, four apart.
-    __device__ __forceinline__ void add_to_row(int64_t row, int32_t sum) const {
+    __device__ __forceinline__ void add_to_row(int64_t row, bool exists, int32_t sum) const {
 #pragma unroll
         for (int offset = 4; offset < 32; offset *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, offset);
-        if (threadIdx.x % 32 < 4 && row < p.rows) atomicAdd(p.sums + row, sum);
+        if (threadIdx.x % 32 < 4 && exists) atomicAdd(p.sums + row, sum);
     }
 };
 

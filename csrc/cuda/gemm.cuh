@@ -53,31 +53,35 @@ struct WeightRing {
 
     uint32_t slots;       // this lane's bytes in the first slot
     const uint8_t* next;  // this lane's bytes of the brick that is copied next
-    int left;             // bricks of this warp's part of K from the next one on; 0 or less: none
+    int left;             // bricks of the block's part of K from the next one on; 0 or less: none
     uint64_t policy;
 
-    // The block's bricks begin at `begin`; this warp takes DEPTH of every TURN of them, of a strip that exists.
+    // The block's bricks begin at `begin`; this warp takes DEPTH of every TURN of them.
     __device__ __forceinline__ WeightRing(const GemmParams& p, const Warp& warp, int strip, int begin, int bricks,
                                           uint32_t shared)
         : slots(kept(shared + (warp.index * (DEPTH * T::BRICK) + warp.lane * 16))),
           next(p.weights +
                (static_cast<int64_t>(strip * p.bricks + begin + warp.k * DEPTH) * T::BRICK + warp.lane * 16)),
-          left(strip < p.strips ? bricks - warp.k * DEPTH : 0),
+          left(bricks - warp.k * DEPTH),
           policy(gridDim.x == 1 ? evict_first() : evict_normal()) {}
 
-    // DEPTH bricks exist or none: it is 1, or 2 and K is padded to pairs.
-    template <int SLOT>
+    // AHEAD steps from here. DEPTH bricks exist or none: it is 1, or 2 and K is padded to pairs. Those that do not
+    // exist become 0, so that a warp without work in the last step multiplies along instead of leaving the others.
+    template <int SLOT, int AHEAD>
     __device__ __forceinline__ void copy() {
-        if (left > 0) copy_chunks<SLOT>();
-        next += TURN * T::BRICK;
-        left -= TURN;
+        copy_chunks<SLOT * T::WEIGHTS, AHEAD * TURN * T::BRICK>(left > AHEAD * TURN ? 16 : 0);
     }
-    template <int SLOT, int CHUNK = 0>
-    __device__ __forceinline__ void copy_chunks() {
+    template <int TO, int FROM, int CHUNK = 0>
+    __device__ __forceinline__ void copy_chunks(uint32_t bytes) {
         if constexpr (CHUNK < DEPTH * T::CHUNKS) {
-            copy16<SLOT * T::WEIGHTS + CHUNK * 512, CHUNK * 512>(slots, next, policy);
-            copy_chunks<SLOT, CHUNK + 1>();
+            copy16_or_zero<TO + CHUNK * 512, FROM + CHUNK * 512>(slots, next, bytes, policy);
+            copy_chunks<TO, FROM, CHUNK + 1>(bytes);
         }
+    }
+    template <int STEPS>
+    __device__ __forceinline__ void advance() {
+        next += STEPS * TURN * T::BRICK;
+        left -= STEPS * TURN;
     }
 };
 
@@ -133,112 +137,127 @@ struct RowCopies {
     static constexpr int PER_ROW = T::STEP_K / 16, ALL = T::ROWS * PER_ROW;
     static constexpr int EACH = (ALL + T::THREADS - 1) / T::THREADS;
 
-    const int8_t* source[EACH];
-    uint32_t bytes[EACH];  // 16, or 0 if the row does not exist
-    uint32_t target;       // of the first copy, in the first slot
-    int left;              // columns from this thread's first byte to the end of K
-
     static constexpr int ROW_STEP = T::THREADS / PER_ROW, TARGET_STEP = ROW_STEP * T::PITCH;
     static_assert(T::THREADS % PER_ROW == 0, "a thread stays in its column");
+    static_assert(PER_ROW >= 8 || PER_ROW == 4, "eight lanes stay within a row, or a warp covers eight rows");
 
-    __device__ __forceinline__ RowCopies(const GemmParams& p, int64_t first_row, int first_k, uint32_t shared) {
+    const int8_t* source[EACH];  // this thread's bytes
+    int left[EACH];              // columns from there to the end of K; less than 0 where there is no row
+    uint32_t target;             // of the first copy, in the first slot
+    uint64_t policy;
+
+    __device__ __forceinline__ RowCopies(const GemmParams& p, int64_t first_row, int first_k, uint32_t shared)
+        : policy(evict_normal()) {
         // Eight lanes write eight times 16 bytes in one go, to different banks: a whole row of 128 bytes, or, of
         // shorter rows, a column of eight.
-        static_assert(PER_ROW >= 8 || PER_ROW == 4, "eight lanes stay within a row, or a warp covers eight rows");
         const uint32_t lane = threadIdx.x % 32;
         const uint32_t row = PER_ROW == 4 ? threadIdx.x / 32 * 8 + lane % 8 : threadIdx.x / PER_ROW;
         const uint32_t column = (PER_ROW == 4 ? lane / 8 : threadIdx.x % PER_ROW) * 16;
         target = kept(shared + row * T::PITCH + column);
-        left = p.width - first_k - static_cast<int>(column);
-        // Rows of the tile that exist.
         const uint32_t rows = static_cast<uint32_t>(smaller(p.rows - first_row, T::ROWS));
         const int8_t* tile = p.codes + first_row * p.codes_stride + (first_k + column);
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             const uint32_t r = row + i * ROW_STEP;
-            bytes[i] = r < rows ? 16 : 0;
-            source[i] = r < rows ? tile + r * p.codes_stride : tile;
+            source[i] = tile + (r < rows ? r * static_cast<uint32_t>(p.codes_stride) : 0);
+            left[i] = r < rows ? p.width - first_k - static_cast<int>(column) : -1;
         }
     }
-    template <int SLOT>
+    template <int SLOT, int AHEAD>
     __device__ __forceinline__ void copy() {
-        copy_each<SLOT>();
-        left -= T::STEP_K;
+        copy_each<SLOT * T::ACTIVATIONS, AHEAD * T::STEP_K>();
     }
-    template <int SLOT, int I = 0>
+    template <int TO, int FROM, int I = 0>
     __device__ __forceinline__ void copy_each() {
         if constexpr (I < EACH) {
             if (ALL % T::THREADS == 0 || I + 1 < EACH || threadIdx.x < ALL % T::THREADS) {
-                copy16_or_zero<SLOT * T::ACTIVATIONS + I * TARGET_STEP>(target, source[I], left > 0 ? bytes[I] : 0);
+                copy16_or_zero<TO + I * TARGET_STEP, FROM>(target, source[I], left[I] > FROM ? 16 : 0, policy);
             }
-            source[I] += T::STEP_K;
-            copy_each<SLOT, I + 1>();
+            copy_each<TO, FROM, I + 1>();
+        }
+    }
+    template <int STEPS>
+    __device__ __forceinline__ void advance() {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            source[i] += STEPS * T::STEP_K;
+            left[i] -= STEPS * T::STEP_K;
         }
     }
 };
 
 // What a kernel that normalised its rows copies of them: nothing.
 struct NoCopies {
-    template <int SLOT>
+    template <int SLOT, int AHEAD>
     __device__ __forceinline__ void copy() {}
+    template <int STEPS>
+    __device__ __forceinline__ void advance() {}
 };
 
-// The steps of a block. Those that fill whole turns of the ring are a loop, the others follow without one.
-// RESIDENT: all rows are in shared memory, and a warp reads no weights but its own: there is nothing to wait for
-// others.
+// The steps of a block. Those that fill whole turns of the ring are a loop, the others follow without one. Addresses
+// move once per turn; inside, they differ by constants. RESIDENT: all rows are in shared memory, and a warp reads no
+// weights but its own: there is nothing to wait for others.
 template <class T, int BITS, int GROUPS, int WARPS_K, int DEPTH, int STAGES, bool RESIDENT>
 struct Pipeline {
+    static constexpr int EARLY = STAGES - 1;  // steps from a copy to its use
+
     WeightRing<T, DEPTH, WARPS_K>& ring;
     std::conditional_t<RESIDENT, NoCopies, RowCopies<T>>& copies;
-    uint32_t rows;         // this lane's row of the first eight: in the first slot; RESIDENT: in the current step
+    uint32_t rows;         // this lane's row of the first eight: in the first slot; RESIDENT: in the turn's first step
     const uint32_t group;  // RESIDENT: bytes from one group of eight rows to the next
-    int mine;              // bricks of this warp from the current step on
-    int steps;             // from the current one on
+    int steps;             // from the current turn on
 
-    template <int SLOT>
+    template <int SLOT, int AHEAD>
     __device__ __forceinline__ void copy() {
-        ring.template copy<SLOT>();
-        copies.template copy<SLOT>();
+        ring.template copy<SLOT, AHEAD>();
+        copies.template copy<SLOT, AHEAD>();
+    }
+    template <int STEPS>
+    __device__ __forceinline__ void advance() {
+        ring.template advance<STEPS>();
+        copies.template advance<STEPS>();
     }
     template <int SLOT = 0>
     __device__ __forceinline__ void fill() {
-        if constexpr (SLOT < STAGES - 1) {
-            if (SLOT < steps) copy<SLOT>();
+        if constexpr (SLOT < EARLY) {
+            if (SLOT < steps) copy<SLOT, SLOT>();
             commit_copies();
             fill<SLOT + 1>();
+        } else {
+            advance<EARLY>();
         }
     }
-    template <int SLOT>
-    __device__ __forceinline__ void step(int32_t (&acc)[2][GROUPS][4], bool more) {
+    template <int SLOT, bool MAY_COPY>
+    __device__ __forceinline__ void step(int32_t (&acc)[2][GROUPS][4]) {
         wait_copies<STAGES - 2>();
         if constexpr (!RESIDENT) __syncthreads();
-        if (more) copy<(SLOT + STAGES - 1) % STAGES>();
+        if (MAY_COPY && steps > SLOT + EARLY) copy<(SLOT + EARLY) % STAGES, SLOT>();
         commit_copies();
-        if (mine > 0) {
-            multiply_bricks<T, BITS, GROUPS, RESIDENT ? 0 : 8 * T::PITCH, DEPTH, SLOT * T::WEIGHTS,
-                            RESIDENT ? 0 : SLOT * T::ACTIVATIONS>(acc, ring.slots, rows, group);
-        }
-        if constexpr (RESIDENT) rows += T::STEP_K;
-        mine -= ring.TURN;
+        multiply_bricks<T, BITS, GROUPS, RESIDENT ? 0 : 8 * T::PITCH, DEPTH, SLOT * T::WEIGHTS,
+                        SLOT * (RESIDENT ? T::STEP_K : T::ACTIVATIONS)>(acc, ring.slots, rows, group);
     }
     template <int SLOT = 0>
     __device__ __forceinline__ void turn(int32_t (&acc)[2][GROUPS][4]) {
         if constexpr (SLOT < STAGES) {
-            step<SLOT>(acc, steps >= STAGES + SLOT);
+            step<SLOT, true>(acc);
             turn<SLOT + 1>(acc);
         }
     }
     template <int SLOT = 0>
     __device__ __forceinline__ void rest(int32_t (&acc)[2][GROUPS][4]) {
-        if constexpr (SLOT < STAGES - 1) {
+        if constexpr (SLOT < EARLY) {
             if (SLOT >= steps) return;
-            step<SLOT>(acc, false);
+            step<SLOT, false>(acc);
             rest<SLOT + 1>(acc);
         }
     }
     __device__ __forceinline__ void run(int32_t (&acc)[2][GROUPS][4]) {
 #pragma unroll 1
-        for (; steps >= STAGES; steps -= STAGES) turn(acc);
+        for (; steps >= STAGES; steps -= STAGES) {
+            turn(acc);
+            advance<STAGES>();
+            if constexpr (RESIDENT) rows += STAGES * T::STEP_K;
+        }
         rest(acc);
     }
 };
@@ -269,7 +288,7 @@ __device__ __forceinline__ int4 unit_of(const int32_t (&acc)[2][GROUPS][4], int 
                      acc[1][g][2 + odd] >> SHIFT);
 }
 __device__ __forceinline__ int row_of_unit(int u, int lane) {
-    return u / 2 * 8 + lane % 4 * 2 + u % 2;
+    return (u >> 1) * 8 + (lane & 3) * 2 + (u & 1);
 }
 
 __device__ __forceinline__ int4 operator+(const int4& a, const int4& b) {
@@ -278,9 +297,9 @@ __device__ __forceinline__ int4 operator+(const int4& a, const int4& b) {
 
 // No strip is shared: a warp writes units to its own shared memory and takes them from there again, which is how
 // registers are indexed in a loop. A lane reads what it wrote. Half of the groups at a time.
-template <class T, int BITS, int GROUPS, Output OUTPUT>
+template <class T, int BITS, int GROUPS, class Epilogue>
 __device__ __forceinline__ void finish_alone(const int32_t (&acc)[2][GROUPS][4], const Warp& warp, const Grid* grids,
-                                             int64_t first_row, int4* exchange, const Epilogue<OUTPUT>& epilogue) {
+                                             int64_t first_row, int exist, int4* exchange, const Epilogue& epilogue) {
     constexpr int HALF = (GROUPS + 1) / 2;
     int4* own = exchange + warp.index * (2 * HALF * 32) + warp.lane;
 #pragma unroll
@@ -292,16 +311,16 @@ __device__ __forceinline__ void finish_alone(const int32_t (&acc)[2][GROUPS][4],
         for (int u = 2 * begin; u < 2 * end; u += 2) {
             const int local[2] = {row_of_unit(u, warp.lane), row_of_unit(u, warp.lane) + 1};
             const int4 sums[2] = {own[(u - 2 * begin) * 32], own[(u - 2 * begin + 1) * 32]};
-            epilogue.rows(grids, first_row, local, sums);
+            epilogue.rows(grids, first_row, exist, local, sums);
         }
     }
 }
 
 // WARPS_K warps share a strip: each writes all units, and finishes every WARPS_K-th.
-template <class T, int BITS, int GROUPS, int WARPS_N, int WARPS_K, Output OUTPUT>
+template <class T, int BITS, int GROUPS, int WARPS_N, int WARPS_K, class Epilogue>
 __device__ __forceinline__ void finish_together(const GemmParams& p, const int32_t (&acc)[2][GROUPS][4],
-                                                const Warp& warp, const Grid* grids, int64_t first_row, int4* exchange,
-                                                const Epilogue<OUTPUT>& epilogue) {
+                                                const Warp& warp, const Grid* grids, int64_t first_row, int exist,
+                                                int4* exchange, const Epilogue& epilogue) {
     constexpr int EACH = T::UNITS / WARPS_K, AT_ONCE = EACH % 4 == 0 ? 4 : EACH;
     static_assert(T::UNITS % WARPS_K == 0, "warps finish the same number of units");
     int4* own = exchange + warp.index * (T::UNITS * 32) + warp.lane;
@@ -322,14 +341,14 @@ __device__ __forceinline__ void finish_together(const GemmParams& p, const int32
     const auto partial_of = [&](unsigned part, int u) {
         const int64_t place = static_cast<int64_t>(part) * (gridDim.x * gridDim.y) + tile;
         return reinterpret_cast<int4*>(p.partial) + ((place * WARPS_N + warp.n) * T::UNITS + u) * 32 +
-               warp.lane % 4 * 8 + warp.lane / 4;
+               (warp.lane & 3) * 8 + (warp.lane >> 2);
     };
     const bool split = parts > 1;
     if (split) {
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             const int u = warp.k + i * WARPS_K;
-            if (first_row + row_of_unit(u, warp.lane) < p.rows) {
+            if (row_of_unit(u, warp.lane) < exist) {
                 *partial_of(blockIdx.z, u) = sum_of(u);
             }
         }
@@ -345,13 +364,13 @@ __device__ __forceinline__ void finish_together(const GemmParams& p, const int32
             const int u = warp.k + (i + a) * WARPS_K;
             local[a] = row_of_unit(u, warp.lane);
             sums[a] = sum_of(u);
-            if (split && first_row + local[a] < p.rows) {
+            if (split && local[a] < exist) {
                 for (unsigned part = 0; part < parts; ++part) {
                     if (part != blockIdx.z) sums[a] = sums[a] + __ldcg(partial_of(part, u));
                 }
             }
         }
-        epilogue.rows(grids, first_row, local, sums);
+        epilogue.rows(grids, first_row, exist, local, sums);
     }
 }
 
@@ -372,33 +391,36 @@ __device__ __forceinline__ void gemm_tile(const GemmParams& p) {
     Grid* grids = reinterpret_cast<Grid*>(gemm_shared);
     auto& table = *reinterpret_cast<ChannelTable<T::SHAPE.channels()>*>(grids + 2 * T::ROWS);
     unsigned char* resident = gemm_shared + T::SHAPE.constant_bytes();
-    const int pitch = NORM ? TileShape::pitch(p.bricks * BRICK_K) : T::PITCH;
+    const int resident_columns = p.part_bricks * BRICK_K;  // whole steps
+    const int pitch = NORM ? TileShape::pitch(resident_columns) : T::PITCH;
     unsigned char* slots = resident + (NORM ? T::ROWS * pitch : 0);
     const uint32_t weight_slots = shared_address(slots), row_slots = weight_slots + STAGES * T::WEIGHTS;
 
     const int begin = NORM ? 0 : static_cast<int>(blockIdx.z) * p.part_bricks;
     const int bricks = min(p.part_bricks, p.bricks - begin);
     WeightRing<T, DEPTH, WARPS_K> ring(p, warp, strip, begin, bricks, weight_slots);
-    const uint32_t lane_row = warp.lane % 8 * pitch + warp.lane / 8 * 16 + warp.k * (DEPTH * BRICK_K);
+    const uint32_t lane_row = (warp.lane & 7) * pitch + (warp.lane >> 3) * 16 + warp.k * (DEPTH * BRICK_K);
     const uint32_t rows = kept((NORM ? shared_address(resident) : row_slots) + lane_row);
     const int steps = (bricks + ring.TURN - 1) / ring.TURN;
     int32_t acc[2][GROUPS][4] = {};
     if constexpr (NORM) {
         NoCopies copies;
-        Pipeline<T, BITS, GROUPS, WARPS_K, DEPTH, STAGES, true> pipeline{ring,       copies,    rows,
-                                                                         8u * pitch, ring.left, steps};
+        Pipeline<T, BITS, GROUPS, WARPS_K, DEPTH, STAGES, true> pipeline{ring, copies, rows, 8u * pitch, steps};
         pipeline.fill();
-        table.load(p, first_channel);
-        load_grids<T, OUTPUT>(p, first_row, grids);
         __shared__ NormScratch<T::ROWS, NORM_SEGMENTS> scratch;
+        const auto place = [&](int row, int column) { return resident + row * pitch + column; };
+        const auto meanwhile = [&] {
+            table.load(p, first_channel);
+            load_grids<T, OUTPUT>(p, first_row, grids);
+        };
         norm_quantize_tile<T::SHAPE.warps()>(p.norm_in, p.norm, p.table, p.positions, p.grids, 0,
-                                             static_cast<int>(p.rows), T::ROWS, p.bricks * BRICK_K, scratch,
-                                             [&](int row, int column) { return resident + row * pitch + column; });
+                                             static_cast<int>(p.rows), T::ROWS, resident_columns, scratch, place,
+                                             meanwhile);
         __syncthreads();
         pipeline.run(acc);
     } else {
         RowCopies<T> copies(p, first_row, begin * BRICK_K, row_slots);
-        Pipeline<T, BITS, GROUPS, WARPS_K, DEPTH, STAGES, false> pipeline{ring, copies, rows, 0, ring.left, steps};
+        Pipeline<T, BITS, GROUPS, WARPS_K, DEPTH, STAGES, false> pipeline{ring, copies, rows, 0, steps};
         pipeline.fill();
         table.load(p, first_channel);
         load_grids<T, OUTPUT>(p, first_row, grids);
@@ -407,12 +429,20 @@ __device__ __forceinline__ void gemm_tile(const GemmParams& p) {
 
     __syncthreads();  // the slots become room for the exchange
     int4* exchange = reinterpret_cast<int4*>(slots);
-    const Channels channels(p, table, first_channel, warp.n * STRIP + warp.lane / 4 * QUAD);
-    const Epilogue<OUTPUT> epilogue(p, channels);
-    if constexpr (WARPS_K == 1) {
-        finish_alone<T, BITS, GROUPS>(acc, warp, grids, first_row, exchange, epilogue);
+    const Channels channels(p, table, first_channel, warp.n * STRIP + (warp.lane >> 2) * QUAD);
+    const int exist = static_cast<int>(smaller(p.rows - first_row, T::ROWS));
+    const auto finish = [&](const auto& epilogue) {
+        if constexpr (WARPS_K == 1) {
+            finish_alone<T, BITS, GROUPS>(acc, warp, grids, first_row, exist, exchange, epilogue);
+        } else {
+            finish_together<T, BITS, GROUPS, WARPS_N, WARPS_K>(p, acc, warp, grids, first_row, exist, exchange,
+                                                               epilogue);
+        }
+    };
+    if (OUTPUT != Output::gate_residual && p.activation != Activation::none) {
+        finish(Epilogue<OUTPUT, true>(p, channels));
     } else {
-        finish_together<T, BITS, GROUPS, WARPS_N, WARPS_K>(p, acc, warp, grids, first_row, exchange, epilogue);
+        finish(Epilogue<OUTPUT, false>(p, channels));
     }
 }
 

@@ -5,8 +5,9 @@
 
 namespace ptq::cuda {
 
-// K of a brick, and what K is padded to with zeros: two bricks. Channels of a strip, what N is padded to.
-constexpr int BRICK_K = 64, K_ALIGN = 128, STRIP = 32;
+// K of a brick, and what K is padded to with zeros: two bricks. Channels of a strip, and what N is padded to, so that
+// every warp of a tile has a strip.
+constexpr int BRICK_K = 64, K_ALIGN = 128, STRIP = 32, N_ALIGN = 128;
 
 struct GemmParams {
     static constexpr int POINTERS = 21;
@@ -32,8 +33,8 @@ struct GemmParams {
     int64_t gate_count, gate_stride;  // elements from one row to the next
     int64_t out_length;
     int channels, width;  // N, K: a multiple of 16
-    int strips, bricks;   // of the packed weights: strips, and bricks of each
-    int part_bricks;      // of a thread block: its part of K
+    int bricks;           // of a strip of the packed weights
+    int part_bricks;      // of a thread block: its part of K, in whole steps
     int paired;           // channels alternate between w1 and w3
     GridSettings grids;
     Activation activation;

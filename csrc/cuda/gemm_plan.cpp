@@ -5,13 +5,15 @@
 #include "gemm_plan.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace ptq::cuda {
 namespace {
 
-constexpr double CACHE_BYTES = 40;   // per cycle and multiprocessor, out of the second-level cache
+constexpr double CACHE_BYTES = 47;   // per cycle and multiprocessor, out of the second-level cache
 constexpr double MEMORY_BYTES = 10;  // per cycle and multiprocessor, out of memory
 constexpr double START = 1500;       // cycles until the first bytes arrive, and of the epilogue
 constexpr double HANDOVER = 1000;    // more if partial sums go through memory
@@ -19,6 +21,9 @@ constexpr double HANDOVER = 1000;    // more if partial sums go through memory
 constexpr double PARTIAL_SHARE = 0.02;
 constexpr unsigned RESERVED = 1024;  // bytes of shared memory that the driver keeps for itself
 constexpr int MAX_SPLIT = 8;
+// Predictions this close are equal, and the plan that multiplies fewer rows that do not exist is taken, or else the one
+// that asks memory for less.
+constexpr double EQUAL = 1.1;
 
 double products_per_cycle(int capability) {
     return capability == 80 || capability / 10 == 9 || capability / 10 == 10 ? 2048 : 1024;
@@ -29,9 +34,8 @@ int bricks_of(int width) {
 }
 
 double weight_bytes(const GemmPlan& plan) {
-    const double channels = static_cast<double>(plan.grid[1]) * plan.tile_shape().channels();
-    const double strips = static_cast<double>(ceil_div(plan.shape.channels, STRIP));
-    return std::min(channels / STRIP, strips) * bricks_of(plan.shape.width) * TileShape::brick_bytes(plan.shape.bits);
+    const double strips = static_cast<double>(plan.grid[1]) * plan.tile_shape().warps_n;
+    return strips * bricks_of(plan.shape.width) * TileShape::brick_bytes(plan.shape.bits);
 }
 
 double row_bytes(const GemmPlan& plan) {
@@ -39,8 +43,8 @@ double row_bytes(const GemmPlan& plan) {
 }
 
 double partial_bytes(const GemmPlan& plan) {
-    const double strips = static_cast<double>(ceil_div(plan.shape.channels, STRIP));
-    return plan.grid[2] > 1 ? 4.0 * (2.0 * plan.grid[2] - 1) * plan.shape.rows * strips * STRIP : 0.0;
+    const double channels = static_cast<double>(plan.grid[1]) * plan.tile_shape().channels();
+    return plan.grid[2] > 1 ? 4.0 * (2.0 * plan.grid[2] - 1) * plan.shape.rows * channels : 0.0;
 }
 
 double predict(const GemmPlan& plan, const DeviceInfo& device) {
@@ -84,7 +88,7 @@ bool cut(const GemmShape& shape, int tile, bool norm, int split, const DeviceInf
     plan->grid[0] = static_cast<unsigned>(ceil_div(shape.rows, t.rows()));
     plan->grid[1] = static_cast<unsigned>(ceil_div(shape.channels, t.channels()));
     plan->grid[2] = static_cast<unsigned>(ceil_div(steps, per_part));
-    plan->shared = static_cast<unsigned>(t.shared_bytes(shape.bits, norm ? bricks * BRICK_K : 0));
+    plan->shared = static_cast<unsigned>(t.shared_bytes(shape.bits, norm ? plan->part_bricks * BRICK_K : 0));
     const int64_t tiles = static_cast<int64_t>(plan->grid[0]) * plan->grid[1];
     plan->counters = plan->grid[2] > 1 ? tiles : 0;
     plan->partial = plan->grid[2] > 1 ? tiles * plan->grid[2] * t.rows() * t.channels() : 0;
@@ -123,7 +127,14 @@ GemmPlan plan_gemm(const GemmShape& shape, const DeviceInfo& device) {
         throw std::invalid_argument("no tile fits into the " + std::to_string(device.shared_bytes) +
                                     " bytes of shared memory that a thread block of this device may have");
     }
-    return found.front();
+    const auto thrifty = [&](const GemmPlan& best, const GemmPlan& plan) {
+        if (plan.cycles > EQUAL * found.front().cycles) return best;
+        const auto cost = [](const GemmPlan& p) {
+            return std::make_pair(p.grid[0] * static_cast<int64_t>(p.tile_shape().rows()), p.asked());
+        };
+        return cost(plan) < cost(best) ? plan : best;
+    };
+    return std::accumulate(found.begin(), found.end(), found.front(), thrifty);
 }
 
 bool plan_gemm_norm(const GemmShape& shape, const DeviceInfo& device, GemmPlan* plan) {
@@ -170,7 +181,6 @@ Launch launch_gemm(const GemmPlan& plan, GemmParams& p) {
     p.rows = plan.shape.rows;
     p.channels = plan.shape.channels;
     p.width = plan.shape.width;
-    p.strips = static_cast<int>(ceil_div(plan.shape.channels, STRIP));
     p.bricks = bricks_of(plan.shape.width);
     p.part_bricks = plan.part_bricks;
     const Kernel kernel = gemm_kernel(plan.shape.bits, plan.shape.output, plan.tile, plan.norm);

@@ -53,6 +53,7 @@ constexpr TileShape TILES[] = {
     {13, 4, 1, 1, 3},  // 104 x 128
     {16, 4, 1, 1, 3},  // 128 x 128
 };
+static_assert(N_ALIGN % 128 == 0, "tiles end inside the packed weights");
 constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
 
 // A kernel that normalises its own activations: rows it holds, and how wide they may be.

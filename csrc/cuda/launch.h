@@ -42,8 +42,12 @@ struct Stream {
 // words.
 void start(const Launch& launch, const Stream& stream);
 
-// Sends launches to `replacement` instead of a GPU; nullptr ends that.
+// Sends the launches of this thread to `replacement` instead of a GPU; nullptr ends that.
 using Replacement = void (*)(const Launch&);
 void replace_launches(Replacement replacement);
+
+// 1000 * major + 10 * minor: of the runtime in this module, and of CUDA as the driver knows it (0: there is none).
+int runtime_version();
+int driver_version();
 
 }  // namespace ptq::cuda

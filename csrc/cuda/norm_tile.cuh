@@ -41,9 +41,12 @@ struct SegmentReader {
         lane0 = static_cast<const char*>(rows) + (threadIdx.x & 31) * (OCTET * dtype_size(dtype));
     }
     __device__ __forceinline__ Raw<OCTET> operator()(int row, int segment) const {
-        return fetch<OCTET>(lane0 + row * row_bytes + static_cast<int64_t>(segment) * segment_bytes,
-                            dtype);
+        return fetch<OCTET>(lane0 + row * row_bytes + static_cast<int64_t>(segment) * segment_bytes, dtype);
     }
+};
+
+struct Nothing {
+    __device__ __forceinline__ void operator()() const {}
 };
 
 // Rows [first_row, first_row + rows) into a tile of `tile_rows` rows and `padded` columns; what does not exist becomes
@@ -51,13 +54,16 @@ struct SegmentReader {
 // <= 32.
 //
 //     place(row, column): where eight codes go, row counted from first_row, column a multiple of 8
+//     meanwhile(): other work of the thread block, done while the first loads are on their way
 //
-// Two barriers; the tile may be read after one more. grids of the scratch are those of the rows.
-template <int WARPS, int ROWS, int SEGMENTS, typename Place>
+// Two barriers, both after meanwhile(); the tile may be read after one more. grids of the scratch are those of the
+// rows.
+template <int WARPS, int ROWS, int SEGMENTS, typename Place, typename Meanwhile = Nothing>
 __device__ __forceinline__ void norm_quantize_tile(const NormPointers& in, const NormSettings& norm, const Grid* table,
                                                    const void* positions, const GridSettings& settings,
                                                    int64_t first_row, int rows, int tile_rows, int padded,
-                                                   NormScratch<ROWS, SEGMENTS>& scratch, const Place& place) {
+                                                   NormScratch<ROWS, SEGMENTS>& scratch, const Place& place,
+                                                   const Meanwhile& meanwhile = {}) {
     static_assert(ROWS <= 32 && ROWS * SEGMENTS < 1024, "a lane per row; see Pieces");
     constexpr int AHEAD = 4;  // loads of a warp on their way at once
     const int thread = static_cast<int>(threadIdx.x), warp = thread >> 5, lane = thread & 31;
@@ -101,6 +107,7 @@ __device__ __forceinline__ void norm_quantize_tile(const NormPointers& in, const
     };
     const Affine first_affine = fetch_affine_of(warp);
     if (has_row) scratch.grids[thread] = grid;
+    meanwhile();
 
     const auto moments_of = [&](const auto& raw, int begin) {
         constexpr int N = sizeof(raw) / sizeof(Raw<OCTET>);
@@ -120,14 +127,14 @@ __device__ __forceinline__ void norm_quantize_tile(const NormPointers& in, const
             if (lane == 0 && piece < pieces.count) scratch.moments[piece] = m[i];
         }
     };
-    if (pieces.count <= WARPS) {
-        const Raw<OCTET> raw[1] = {first_x};
+    if (pieces.count <= 2 * WARPS) {
+        const Raw<OCTET> raw[2] = {first_x, fetch_x(warp + WARPS)};
         moments_of(raw, warp);
     } else {
         for (int begin = warp; begin < pieces.count; begin += AHEAD * WARPS) {
             Raw<OCTET> raw[AHEAD];
 #pragma unroll
-            for (int i = 0; i < AHEAD; ++i) raw[i] = fetch_x(begin + i * WARPS);
+            for (int i = 0; i < AHEAD; ++i) raw[i] = i == 0 && begin == warp ? first_x : fetch_x(begin + i * WARPS);
             moments_of(raw, begin);
         }
     }

@@ -13,10 +13,6 @@ namespace ptq::cuda {
 // --- floating point
 // ---------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ bool aligned16(const void* p) {
-    return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
-}
-
 // p + i elements
 __device__ __forceinline__ const void* at(const void* p, DType dtype, int64_t i) {
     return static_cast<const char*>(p) + i * dtype_size(dtype);
@@ -130,15 +126,6 @@ __device__ __forceinline__ void widen(const Raw<N>& raw, DType dtype, float (&v)
     }
 }
 
-template <int N>
-__device__ __forceinline__ void load_floats(const void* p, DType dtype, float (&v)[N]) {
-    widen(fetch<N>(p, dtype), dtype, v);
-}
-template <int N>
-__device__ __forceinline__ void load_floats_some(const void* p, DType dtype, int count, float (&v)[N]) {
-    widen(fetch_some<N>(p, dtype, count), dtype, v);
-}
-
 __device__ __forceinline__ float load_float(const void* p, DType dtype, int64_t i) {
     if (dtype == DType::f32) return static_cast<const float*>(p)[i];
     const uint32_t word = static_cast<const uint16_t*>(p)[i];
@@ -168,14 +155,21 @@ __device__ __forceinline__ Raw<N> narrow(DType dtype, const float (&v)[N]) {
     return raw;
 }
 
-// N elements, rounded to the dtype; alignment as for fetch.
+// N elements, rounded to the dtype; alignment as for fetch. One branch, that the stores are part of: otherwise the
+// words would meet behind it.
 template <int N>
 __device__ __forceinline__ void store_floats(void* p, DType dtype, const float (&v)[N]) {
-    const Raw<N> raw = narrow(dtype, v);
-    if (dtype == DType::f32) {
-        store_words<N>(p, raw.word);
+    uint32_t word[N / 2];
+    if (dtype == DType::f16) {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) word[i] = narrow_f16(v[2 * i], v[2 * i + 1]);
+        store_words<N / 2>(p, word);
+    } else if (dtype == DType::bf16) {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) word[i] = narrow_bf16(v[2 * i], v[2 * i + 1]);
+        store_words<N / 2>(p, word);
     } else {
-        store_words<N / 2>(p, raw.word);
+        store_words<N>(p, narrow(dtype, v).word);
     }
 }
 

@@ -32,12 +32,6 @@ __device__ __forceinline__ float octet_square_sum(const float (&v)[OCTET]) {
     return even + odd;
 }
 
-// Subtracts `mean` from the values that exist; the others stay, or become, 0.
-__device__ __forceinline__ void centre(float (&v)[OCTET], float mean, int count) {
-#pragma unroll
-    for (int i = 0; i < OCTET; ++i) v[i] = i < count ? v[i] - mean : 0.0f;
-}
-
 // What is known of the addresses of octets. Octets: each begins at a multiple of 16 bytes, and exists or does not.
 // Quads: often only every four elements do.
 enum class Aligned { unknown, quads, octets };

@@ -7,13 +7,16 @@ others state which code they produce.
 
 from ..registry import register_backend
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
 REFERENCE_PRIORITY = 0
 CPU_PRIORITY = 10
 TRITON_PRIORITY = 20
+CUDA_PRIORITY = 30
 
+register_backend(CudaBackend(), CUDA_PRIORITY)
 register_backend(TritonBackend(), TRITON_PRIORITY)
 register_backend(CpuBackend(), CPU_PRIORITY)
 register_backend(ReferenceBackend(), REFERENCE_PRIORITY)

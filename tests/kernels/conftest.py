@@ -3,7 +3,8 @@ backend once per instruction set that this machine can run.
 
 The Triton backend needs no GPU here: ``triton-sm80`` compiles every kernel for sm_80 and executes its PTX in the
 emulator (tests/ptxsim), with races, bounds and uninitialised reads checked; in a process with ``TRITON_INTERPRET=1``
-there is ``triton-interpreter`` instead, since Triton decides for one of the two when it is imported.
+there is ``triton-interpreter`` instead, since Triton decides for one of the two when it is imported. ``cuda-sm80``
+executes the PTX of the CUDA kernels in the same way; it needs nvcc.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import torch
 import ptq4arvg_kernels as kernels
 from ptq4arvg_kernels.backends.cpu import native, weights
 from ptq4arvg_kernels.backends.triton import support
+from tests.kernels import cuda_cases
 from tests.kernels.cpu_cases import running
 from tests.kernels.kernel_cases import generator, instruction_sets
 
@@ -34,6 +36,10 @@ if "PTQ4ARVG_CPU_MODULE" in os.environ:
     weights._ARENA.take = lambda size: torch.empty(size, dtype=torch.uint8)  # type: ignore[method-assign]
 
 
+def pytest_report_header() -> list[str]:
+    return [] if cuda_cases.available() else [f"kernels: {cuda_cases.NO_NVCC}"]
+
+
 def _backends() -> list[str]:
     names = []
     for status in kernels.doctor():
@@ -42,6 +48,9 @@ def _backends() -> list[str]:
                 names.append("triton-interpreter")
             elif importlib.util.find_spec("triton") is not None:
                 names.append("triton-sm80")
+        elif status.backend == "cuda":
+            if cuda_cases.available():
+                names.append("cuda-sm80")
         elif status.available:
             names += [f"cpu-{name}" for name in instruction_sets()] if status.backend == "cpu" else [status.backend]
     return names
@@ -55,6 +64,8 @@ def _variant(name: str, variant: str) -> contextlib.AbstractContextManager[Any]:
         from tests.kernels.triton_cases import device
 
         return device(record=False)
+    if name == "cuda":
+        return cuda_cases.device(record=False)
     return contextlib.nullcontext()
 
 
@@ -76,7 +87,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     families: dict[tuple[str, ...], list[pytest.Item]] = {}
     for item in items:
         name = getattr(item, "callspec", None) and item.callspec.params.get("backend", "")  # type: ignore[attr-defined]
-        if name and name.startswith("triton-"):
+        if name and name.startswith(("triton-", "cuda-")):
             families.setdefault((item.path.name, item.originalname, name), []).append(item)  # type: ignore[attr-defined]
     for family in families.values():
         stride = 1 if len(family) <= FEW else 5 if len(family) % 5 else 7

@@ -240,3 +240,29 @@ def cache_case(
         options["rope"] = torch.stack([angle.cos(), angle.sin()], dim=-1)
         options["rope"][0] = 0.0
     return CacheCase(batch, heads, head_dim, slots, k_table, v_table, kv_group, qk_kind, options)
+
+
+def exact_heads(case: CacheCase, qkv: Tensor, positions: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What becomes of q and k, and v, in float64 ``[B, H, P, d]``."""
+    x = qkv.double().numpy().reshape(case.batch, len(positions), 3, case.heads, case.head_dim)
+    q, k, v = x.transpose(2, 0, 3, 1, 4)
+    opts = {name: value.double().numpy() for name, value in case.options.items() if isinstance(value, Tensor)}
+    if case.qk_kind == "layer_norm":
+
+        def norm(y: np.ndarray, side: str) -> np.ndarray:
+            y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + case.options["eps"])
+            return y * opts[f"{side}_weight"] + opts[f"{side}_bias"]
+
+        q, k = norm(q, "q"), norm(k, "k")
+    elif case.qk_kind == "l2":
+        q = q / np.linalg.norm(q, axis=-1, keepdims=True) * opts["q_scale"][:, None, None]
+        k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    elif case.qk_kind == "rope":
+        rotation = opts["rope"][positions][..., 0] + 1j * opts["rope"][positions][..., 1]
+
+        def rotate(y: np.ndarray) -> np.ndarray:
+            z = (y[..., 0::2] + 1j * y[..., 1::2]) * rotation
+            return np.stack([z.real, z.imag], axis=-1).reshape(y.shape)
+
+        q, k = rotate(q), rotate(k)
+    return q, k, v

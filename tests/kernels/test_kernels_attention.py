@@ -10,7 +10,14 @@ import torch
 
 import ptq4arvg_kernels as kernels
 from ptq4arvg_kernels.packing import padded_head_dim
-from tests.kernels.kernel_cases import CacheCase, assert_as_good_as, cache_case, generator, unrounded_codes
+from tests.kernels.kernel_cases import (
+    CacheCase,
+    assert_as_good_as,
+    cache_case,
+    exact_heads,
+    generator,
+    unrounded_codes,
+)
 
 HEAD_DIMS = [48, 64, 80, 88, 96, 100, 128]
 KINDS = ["none", "layer_norm", "l2", "rope"]
@@ -23,32 +30,6 @@ def _append(case: CacheCase, qkv: torch.Tensor, caches: tuple, positions: torch.
 
 def _qkv(case: CacheCase, period: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(case.batch * period, 3 * case.heads * case.head_dim, generator=generator(seed)).to(dtype)
-
-
-def _expected(case: CacheCase, qkv: torch.Tensor, positions: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """q, k, v in float64, [B, H, P, d]."""
-    x = qkv.double().numpy().reshape(case.batch, len(positions), 3, case.heads, case.head_dim)
-    q, k, v = x.transpose(2, 0, 3, 1, 4)
-    opts = {name: value.double().numpy() for name, value in case.options.items() if isinstance(value, torch.Tensor)}
-    if case.qk_kind == "layer_norm":
-
-        def norm(y: np.ndarray, side: str) -> np.ndarray:
-            y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + case.options["eps"])
-            return y * opts[f"{side}_weight"] + opts[f"{side}_bias"]
-
-        q, k = norm(q, "q"), norm(k, "k")
-    elif case.qk_kind == "l2":
-        q = q / np.linalg.norm(q, axis=-1, keepdims=True) * opts["q_scale"][:, None, None]
-        k = k / np.linalg.norm(k, axis=-1, keepdims=True)
-    elif case.qk_kind == "rope":
-        rotation = opts["rope"][positions][..., 0] + 1j * opts["rope"][positions][..., 1]
-
-        def rotate(y: np.ndarray) -> np.ndarray:
-            z = (y[..., 0::2] + 1j * y[..., 1::2]) * rotation
-            return np.stack([z.real, z.imag], axis=-1).reshape(y.shape)
-
-        q, k = rotate(q), rotate(k)
-    return q, k, v
 
 
 def _slot_rows(table: torch.Tensor, case: CacheCase, slots: list[int]) -> np.ndarray:
@@ -65,7 +46,7 @@ def test_append_against_float64(backend: str, dtype: torch.dtype, kind: str, hea
     qkv = _qkv(case, 4, dtype=dtype)
     k_cache, v_cache = caches = case.caches()
     got = _append(case, qkv, caches, torch.tensor(positions, dtype=torch.int32))
-    q, k, v = _expected(case, qkv, positions)
+    q, k, v = exact_heads(case, qkv, positions)
     baseline = torch.from_numpy(q).float().to(dtype)
     # q is rounded once to its dtype; its float32 computation may add as much as torch's own.
     assert got.shape == (2, 3, 4, head_dim)

@@ -154,11 +154,11 @@ def test_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_why_there_is_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a compiled module the reference serves, and says why."""
 
-    def missing(path: str | None = None) -> None:
+    def missing(name: str, path: str | None = None) -> None:
         raise ImportError("no such module")
 
     monkeypatch.delenv("PTQ4ARVG_CPU_MODULE", raising=False)
-    monkeypatch.setattr(native, "load", missing)
+    monkeypatch.setattr(native.modules, "load", missing)
     module, reason = native._choose()
     assert module is None
     assert "install a wheel" in str(reason)

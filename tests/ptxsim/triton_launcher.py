@@ -12,7 +12,7 @@ operands) is derived here in the same way, so that the code that runs is the cod
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from triton.runtime.jit import JITFunction
 
 from ptq4arvg_kernels.backends.triton.launch import Launch
 from tests.ptxsim.counters import Result
-from tests.ptxsim.launcher import Module, Pointer, load_ptx
+from tests.ptxsim.device import Device, pointer_into, storage_offset
+from tests.ptxsim.launcher import Module
 from tests.ptxsim.triton_kernel import CompiledKernel, triton_ptx
 
 # Triton's names of the element types (triton/runtime/jit.py, type_canonicalisation_dict).
@@ -63,19 +64,6 @@ class Specialization:
         """Hashable; constants by value, functions by their source."""
         constants = tuple((name, getattr(value, "cache_key", repr(value))) for name, value in self.constants.items())
         return tuple(self.signature.items()), constants, self.aligned
-
-
-def storage_offset(tensor: Tensor) -> int:
-    """Bytes between the beginning of a tensor's storage and its first element."""
-    return tensor.storage_offset() * tensor.element_size()
-
-
-def extent(tensor: Tensor) -> int:
-    """Bytes between a tensor's first element and the end of its last one."""
-    if tensor.numel() == 0:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
 
 
 def _integer_type(name: str, value: int) -> str:
@@ -186,7 +174,7 @@ class LaunchRecord:
         return self.compiled.name
 
 
-class EmulatedDevice:
+class EmulatedDevice(Device[LaunchRecord]):
     """A launcher for ``launch.replace``: runs grids in the emulator, on CPU tensors in place.
 
     Two arguments that view the same storage alias each other, as on a GPU. A kernel may touch a storage only between
@@ -194,38 +182,16 @@ class EmulatedDevice:
 
     Args:
         capability: compute capability to compile for, major * 10 + minor. 80, 86, 89, 90 and 120 execute.
-        hazards: "raise" an error for races, uninitialised or unwaited shared memory, "record" them, or "off".
-        schedule: "lockstep", "warp_serial", "warp_reverse" or "random", see the README.
-        transform: edits the PTX of every kernel before it is loaded; tests plant bugs with it. It gets the text and
-            returns the text to run.
-        record: keep a :class:`LaunchRecord` of each launch in ``records``.
-        options: further options of ``Module.launch`` (seed, batch, workers, max_steps, ctas, ...).
+        options: see :class:`tests.ptxsim.device.Device`.
     """
 
-    def __init__(
-        self,
-        capability: int = 80,
-        *,
-        hazards: str = "raise",
-        schedule: str = "lockstep",
-        transform: Callable[[str], str] | None = None,
-        record: bool = True,
-        **options: Any,
-    ) -> None:
+    def __init__(self, capability: int = 80, **options: Any) -> None:
+        super().__init__(**options)
         self.capability = capability
-        self.transform = transform
-        self.record = record
-        self.options = {"hazards": hazards, "schedule": schedule, **options}
-        self.records: list[LaunchRecord] = []
-        self._edited: dict[str, Module] = {}
 
     def module(self, compiled: CompiledKernel) -> Module:
         """The loaded PTX, edited by ``transform``."""
-        if self.transform is None:
-            return compiled.module
-        if compiled.ptx not in self._edited:
-            self._edited[compiled.ptx] = load_ptx(self.transform(compiled.ptx))
-        return self._edited[compiled.ptx]
+        return compiled.module if self.transform is None else self.edited(compiled.ptx)
 
     def __call__(self, launch: Launch) -> None:
         arguments = {**launch.arguments, **launch.constants}
@@ -244,16 +210,7 @@ class EmulatedDevice:
         if self.record:
             self.records.append(LaunchRecord(launch, compiled, result))
 
-    def results(self, kernel_name: str | None = None) -> list[Result]:
-        """Results of the recorded launches, of one kernel or of all."""
-        return [record.result for record in self.records if kernel_name in (None, record.name)]
-
 
 def _operand(name: str, value: Any) -> Any:
     """A launch argument as ``Module.launch`` takes it: a tensor is a pointer into its whole storage."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.device.type != "cpu":
-        raise TypeError(f"argument {name} is on {value.device}: the emulator takes CPU tensors")
-    storage = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
-    return Pointer(storage.numpy(), storage_offset(value), extent(value))
+    return pointer_into(value, name=f"argument {name}") if isinstance(value, Tensor) else value

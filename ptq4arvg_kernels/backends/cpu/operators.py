@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..views import ACTIVATIONS, NORMS, QK_KINDS, SWIGLU, maybe, view
 from . import native
-from .native import ACTIVATIONS, NORMS, OK, QK_KINDS, maybe, threads, view
+from .native import OK, threads
 from .weights import panels_of
-
-SWIGLU = -1  # in place of an activation
 
 
 def _explain(op: Callable[..., Any], *args: Any) -> NoReturn:

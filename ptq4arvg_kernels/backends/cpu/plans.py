@@ -13,29 +13,10 @@ import torch
 from torch import Tensor
 
 from ...plans import BlockOperands, NormOperands, PackedWeights
+from ..views import ACTIVATIONS, QK_KINDS, SWIGLU, View, dense, maybe, norm_views, view
 from . import native
-from .native import ACTIVATIONS, NORMS, OK, QK_KINDS, View, maybe, threads, view
-from .operators import SWIGLU
+from .native import OK, threads
 from .weights import pack_panels, unpack_panels
-
-
-def _norm(norm: NormOperands) -> dict[str, Any]:
-    return {
-        "kind": NORMS[norm.kind],
-        "eps": norm.eps,
-        "weight": _dense(norm.weight),
-        "bias": _dense(norm.bias),
-        "offset": norm.scale_offset,
-        "scale": norm.scale,
-        "shift": norm.shift,
-        "gate": norm.gate,
-    }
-
-
-def _dense(tensor: Tensor | None) -> View | None:
-    if tensor is not None and not tensor.is_contiguous():
-        raise ValueError("an operand of a plan is not contiguous; pass tensor.contiguous() and keep it")
-    return maybe(tensor)
 
 
 class PackedLayer:
@@ -77,10 +58,10 @@ class PackedLayer:
             "out_features": self.out_features,
             "in_features": self.in_features,
             "paired": self.paired,
-            "w_scale": _dense(self.w_scale),
-            "col_sums": _dense(self.col_sums),
-            "bias": _dense(self.bias),
-            "table": _dense(self.table),
+            "w_scale": dense(self.w_scale),
+            "col_sums": dense(self.col_sums),
+            "bias": dense(self.bias),
+            "table": dense(self.table),
         }
 
     def qweight(self) -> Tensor:
@@ -100,7 +81,7 @@ class LayerPlan:
     def __init__(self, layer: PackedWeights, activation: str = "none", norm: NormOperands | None = None) -> None:
         self.layer, self.norm = layer, norm  # kept alive: the native plan holds addresses
         operands = cast(PackedLayer, layer).native() | {"activation": ACTIVATIONS[activation]}
-        operands["norm"] = None if norm is None else _norm(norm)
+        operands["norm"] = None if norm is None else norm_views(norm)
         self._run = native.module().Layer(operands).run
 
     def run(self, x: View, positions: View, modulation: View | None, modulation_rows: View | None, out: View) -> bool:
@@ -127,9 +108,9 @@ class BlockPlan:
         self.operands = operands  # kept alive: the native plan holds addresses
         o = operands
         vectors = ("q_weight", "q_bias", "k_weight", "k_bias", "q_scale", "rope", "k_table", "v_table", "kv_group")
-        plan: dict[str, Any] = {name: _dense(getattr(o, name)) for name in vectors}
+        plan: dict[str, Any] = {name: dense(getattr(o, name)) for name in vectors}
         plan |= {name: getattr(o, name).native() for name in ("qkv", "proj", "fc1", "fc2")}
-        plan |= {"norm1": _norm(o.norm1), "norm2": _norm(o.norm2)}
+        plan |= {"norm1": norm_views(o.norm1), "norm2": norm_views(o.norm2)}
         plan |= {
             "heads": o.heads,
             "head_dim": o.head_dim,

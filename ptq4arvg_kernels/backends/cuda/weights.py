@@ -1,10 +1,10 @@
 """Weights in the order of the tensor core's registers: packed on first use, kept as long as their tensor.
 
-N is padded to a multiple of 32 and K to one of 128, both with code 0. A strip of 32 channels belongs to one warp, which
+N and K are padded to multiples of 128 with code 0. A strip of 32 channels belongs to one warp, which
 reads it brick by brick, 64 k each: uint8 ``[N / 32, K / 64, chunks of 512 bytes]``. In a chunk every lane has 16 bytes.
 
-A brick is four operands of ``mma.m16n8k32`` (channels times k), [2 * step + tile] for the steps of 32 k and the tiles of
-16 channels. Of an operand, lane 4 g + t holds four registers of four codes:
+A brick is four operands of ``mma.m16n8k32`` (channels times k), [2 * step + tile] for the steps of 32 k and the tiles
+of 16 channels. Of an operand, lane 4 g + t holds four registers of four codes:
 
     register      0                  1                  2                  3
     row           g                  g + 8              g                  g + 8
@@ -36,7 +36,7 @@ from ..weight_cache import WeightCache
 
 STRIP = 32
 BRICK_K = 64
-K_ALIGN = 2 * BRICK_K
+ALIGN = 128  # N: all warps of a tile have a strip; K: bricks come in pairs
 
 # Channels of a strip (g, tile, half of the rows) and k of a brick (step, half, t, byte), in memory: step, tile, lane
 # (g, t), register (half of k, half of the rows), byte.
@@ -52,7 +52,7 @@ def padded(size: int, multiple: int) -> int:
 
 def packed_bytes(out_features: int, in_features: int, w_bits: int) -> int:
     """Bytes of the packed order of a weight ``[N, K]``."""
-    return padded(out_features, STRIP) * padded(in_features, K_ALIGN) * w_bits // 8
+    return padded(out_features, ALIGN) * padded(in_features, ALIGN) * w_bits // 8
 
 
 def pack_bricks(qweight: Tensor, w_bits: int, in_features: int, paired: bool = False) -> Tensor:
@@ -67,7 +67,7 @@ def pack_bricks(qweight: Tensor, w_bits: int, in_features: int, paired: bool = F
     rows = codes.shape[0]
     if paired:
         codes = codes.view(2, rows // 2, in_features).transpose(0, 1).reshape(rows, in_features)
-    codes = F.pad(codes, (0, padded(in_features, K_ALIGN) - in_features, 0, padded(rows, STRIP) - rows))
+    codes = F.pad(codes, (0, padded(in_features, ALIGN) - in_features, 0, padded(rows, ALIGN) - rows))
     strips, bricks = codes.shape[0] // STRIP, codes.shape[1] // BRICK_K
     split = codes.view(strips, *_SPLIT[0], bricks, *_SPLIT[1])
     operands = split.permute(_ORDER).reshape(strips, bricks, 4, 32, 4, 4).view(torch.uint8)

@@ -1,0 +1,1 @@
+"""How setup.py compiles csrc/: one module per compiled backend, and what they share."""
