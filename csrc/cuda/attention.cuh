@@ -380,19 +380,17 @@ __device__ __forceinline__ void attend(const AttentionParams& p) {
             }
         }
 
-        // Logits to compare with the tops are rounded once more than those that become probabilities, see below.
-        const bool partial = start + SLOT_TILE > full_end;  // some query does not see all slots
-        float dot[FOURS][2], x[FOURS][2];
+        float x[FOURS][2];
         bool grows = false;
 #pragma unroll
         for (int n = 0; n < FOURS; ++n) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                dot[n][h] = (logits[n][2 * h] + logits[n][2 * h + 1]) * unit[n];
-                x[n][h] = dot[n][h] * grids.k_step[h];
+                const float dot = (logits[n][2 * h] + logits[n][2 * h + 1]) * unit[n];
+                x[n][h] = __fmaf_rn(dot, grids.k_step[h], dot * grids.k_rest[h]);
             }
         }
-        if (partial) {
+        if (start + SLOT_TILE > full_end) {  // some query does not see all slots
 #pragma unroll
             for (int n = 0; n < FOURS; ++n) {
 #pragma unroll
@@ -418,30 +416,12 @@ __device__ __forceinline__ void attend(const AttentionParams& p) {
             }
         }
 
-        // x - top without rounding x: where it is close to 0, a probability counts most.
-#pragma unroll
-        for (int n = 0; n < FOURS; ++n) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float rest = __fmaf_rn(dot[n][h], grids.k_rest[h], -top[n]);
-                x[n][h] = __fmaf_rn(dot[n][h], grids.k_step[h], rest);
-            }
-        }
-        if (partial) {
-#pragma unroll
-            for (int n = 0; n < FOURS; ++n) {
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    if (start + g + 8 * h >= end[n]) x[n][h] = HIDDEN;
-                }
-            }
-        }
         uint32_t shares[FOURS][2];
 #pragma unroll
         for (int n = 0; n < FOURS; ++n) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const float share = exp2_fast(x[n][h]);
+                const float share = exp2_fast(x[n][h] - top[n]);
                 weight[n] += share;
                 const float y = share * grids.v_step[h];
                 const float high = eleven_bits(y);

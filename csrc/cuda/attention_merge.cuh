@@ -14,7 +14,7 @@
 namespace ptq::cuda {
 
 // In place of minus infinity, so that differences stay finite: the logit of a hidden slot, and the top of a query that
-// has seen none. 2^HIDDEN is 0, and so is 2^(NOTHING_SEEN - top) for every top that a slot gave.
+// has seen none. 2^(HIDDEN - NOTHING_SEEN) is 0, and so is 2^(NOTHING_SEEN - top) for every top that a slot gave.
 constexpr float HIDDEN = -1.0e30f, NOTHING_SEEN = -5.0e29f;
 
 // Eight columns of a query, merged.
