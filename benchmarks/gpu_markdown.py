@@ -1,6 +1,8 @@
-"""The tables of docs/triton.md from the reports of ``benchmarks.resources``, ``traffic`` and ``latency``.
+r"""The tables of docs/triton.md and docs/cuda.md from reports of ``benchmarks.resources``, ``traffic``, ``latency``.
 
     python -m benchmarks.gpu_markdown docs/resources.json out/traffic.json out/latency.json --into docs/triton.md
+    python -m benchmarks.gpu_markdown --backend cuda docs/resources.json out/traffic_cuda.json out/latency_cuda.json \
+        --into docs/cuda.md
 
 A table stands between ``<!-- name -->`` and ``<!-- end -->``; everything else of the document stays as it is.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,28 +19,10 @@ import typer
 
 from ptq4arvg.files import replacing
 
+from .cuda_markdown import cuda_loops, linears
+from .tables import grouped, markdown, span
+
 Row = Mapping[str, Any]
-
-
-def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table whose first ``left`` columns are text."""
-    lines = [headers, ["---" if i < left else "---:" for i in range(len(headers))], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def span(values: Iterable[float]) -> str:
-    """``3`` or ``3–5``."""
-    found = sorted(set(values))
-    if not found:
-        return ""
-    return f"{found[0]:g}" if len(found) == 1 else f"{found[0]:g}–{found[-1]:g}"
-
-
-def _groups(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
 
 
 def _area(group: tuple[str, int]) -> tuple[int, list[int]]:
@@ -50,7 +34,7 @@ def gemm_loops(rows: Sequence[Row]) -> str:
     """Main loop per K tile and warp, by tile and architecture; over all epilogues, even and ragged."""
     gemms = [row for row in rows if "sass" in row]
     archs = sorted({row["arch"] for row in gemms})
-    groups = _groups(gemms, lambda row: (row["tile"], row["w_bits"]))
+    groups = grouped(gemms, lambda row: (row["tile"], row["w_bits"]))
     lines = []
     for tile, bits in sorted(groups, key=_area):
         mine = groups[tile, bits]
@@ -73,9 +57,19 @@ def other_kernels(rows: Sequence[Row]) -> str:
             str(max(row["spill_bytes"] for row in mine)),
             span(row["shared_bytes"] for row in mine),
         ]
-        for name, mine in _groups(others, lambda row: row["kernel"]).items()
+        for name, mine in grouped(others, lambda row: row["kernel"]).items()
     ]
     return markdown(["kernel", "compiled", "registers", "spill B", "shared B"], lines)
+
+
+def _aligned(launches: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
+    """The launches of a block by what they compute: other numbers of rows may take fewer launches, or other kernels."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in launches:
+        what = ("gemm", row["N"], row["K"]) if "N" in row else (row["kernel"].rstrip("0123456789"),)
+        turn = sum(key[: len(what)] == what for key in found)
+        found[(*what, turn)] = row
+    return found
 
 
 def traffic(rows: Sequence[Row]) -> str:
@@ -85,12 +79,17 @@ def traffic(rows: Sequence[Row]) -> str:
     counts = sorted({row["rows"] for row in block})
     lines = []
     for recipe in recipes:
-        by_count = [[r for r in block if r["recipe"] == recipe and r["rows"] == m] for m in counts]
-        for launches in zip(*by_count, strict=True):
-            first = launches[0]
-            size = f" {first['N']}×{first['K']}" if "N" in first else ""
-            line = [recipe, f"`{first['kernel']}`{size}"]
-            for row in launches:
+        by_count = [_aligned([r for r in block if r["recipe"] == recipe and r["rows"] == m]) for m in counts]
+        for key in max(by_count, key=len):
+            same = [launches.get(key) for launches in by_count]
+            there = [row for row in same if row is not None]
+            size = f" {there[0]['N']}×{there[0]['K']}" if "N" in there[0] else ""
+            kernels = ", ".join(f"`{name}`" for name in dict.fromkeys(row["kernel"] for row in there))
+            line = [recipe, kernels + size]
+            for row in same:
+                if row is None:
+                    line += [""] * 4
+                    continue
                 cost = row.get("instructions_per_kmac")
                 line += [f"{row['bytes'] / 1e3:.0f}", f"{row['ratio']:.3f}", f"{row['sector_ratio']:.3f}"]
                 line.append("" if cost is None else f"{cost:.2f}")
@@ -106,7 +105,7 @@ def predictions(report: Mapping[str, Any]) -> str:
     steps = report["steps"]
     gpus = list(dict.fromkeys(row["gpu"] for row in steps))
     lines = []
-    for (model, contender, images), mine in _groups(
+    for (model, contender, images), mine in grouped(
         steps, lambda row: (row["model"], row["contender"], row["images"])
     ).items():
         by_gpu = {row["gpu"]: row for row in mine}
@@ -115,18 +114,28 @@ def predictions(report: Mapping[str, Any]) -> str:
     return markdown(["prediction, not timed", "images", "launches", *gpus], lines)
 
 
-def tables(report: Mapping[str, Any]) -> dict[str, str]:
-    """The tables of a report by name.
+def tables(report: Mapping[str, Any], backend: str = "triton") -> dict[str, str]:
+    """The tables of a backend from a report, by name.
 
     Raises:
         ValueError: it is none of those this module knows.
     """
+
+    def mine(rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if row.get("backend", backend) == backend]
+
     if "sass" in report.get("units", {}):
-        return {"gemm": gemm_loops(report["rows"]), "kernels": other_kernels(report["rows"])}
+        rows = mine(report["rows"])
+        return {"gemm": (cuda_loops if backend == "cuda" else gemm_loops)(rows), "kernels": other_kernels(rows)}
     if "scaling" in report:
-        return {"traffic": traffic(report["rows"])}
+        found = {}
+        if any(row["part"] == "block" for row in mine(report["rows"])):
+            found["traffic"] = traffic(mine(report["rows"]))
+        if backend == "cuda" and any(row["part"] == "linears" for row in report["rows"]):
+            found["linears"] = linears(report["rows"])
+        return found
     if report.get("timed") is False:
-        return {"predictions": predictions(report)}
+        return {"predictions": predictions({**report, "steps": mine(report["steps"])})}
     raise ValueError("not a report of benchmarks.resources or traffic, and not a prediction of benchmarks.latency")
 
 
@@ -146,16 +155,17 @@ def inserted(document: str, name: str, table: str) -> str:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command(help="The tables of docs/triton.md, printed or put into the document.")
+@app.command(help="The tables of docs/triton.md or docs/cuda.md, printed or put into the document.")
 def main(
     files: Annotated[list[Path], typer.Argument(help="JSON of benchmarks.resources, traffic, latency")],
     into: Annotated[Path | None, typer.Option(help="Markdown to put the tables into")] = None,
+    backend: Annotated[str, typer.Option(help="whose tables")] = "triton",
 ) -> None:
     document = None if into is None else into.read_text(encoding="utf-8")
     for path in files:
         report = json.loads(path.read_text(encoding="utf-8"))
         try:
-            for name, table in tables(report).items():
+            for name, table in tables(report, backend).items():
                 if document is None:
                     print(f"`{report['command']}`\n\n{table}\n")
                 else:

@@ -33,15 +33,16 @@ def _short(text: str, width: int = 30) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
-def resource_table(arch: int, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Registers, spills and shared memory of the kernels of an architecture; main loops of GEMMs per K tile."""
-    right = ("regs", "spill B", "smem B", *KINDS, "other", "loop", "per 1000 MAC")
-    table = plain_table(f"sm_{arch}", ("kernel", "tile", "variant"), right)
+def resource_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Registers, spills and shared memory of the kernels of an architecture; main loops of GEMMs per K tile, and how
+    many times their floor they are, where it is known."""
+    right = ("regs", "spill B", "smem B", *KINDS, "other", "loop", "per 1000 MAC", "floor")
+    table = plain_table(title, ("kernel", "tile", "variant"), right)
     for row in rows:
-        loop = [""] * (len(KINDS) + 3)
+        loop = [""] * (len(KINDS) + 4)
         if "sass" in row:
             loop = [f"{count:g}" for count in by_kind(row["sass"]).values()]
-            loop += [f"{row['sass_per_iteration']:g}", number(row["sass_per_kmac"])]
+            loop += [f"{row['sass_per_iteration']:g}", number(row["sass_per_kmac"]), number(row.get("over_floor"), 3)]
         resources = (str(row["registers"]), str(row["spill_bytes"]), str(row["shared_bytes"]))
         table.add_row(row["kernel"], row["tile"], _short(row["variant"]), *resources, *loop)
     return table

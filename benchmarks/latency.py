@@ -3,6 +3,7 @@
     python -m benchmarks.latency --json out/latency.json --plot out/latency.png
     python -m benchmarks.latency --models rar_l --rows 2,16 --parts layers
     python -m benchmarks.latency --predict
+    python -m benchmarks.latency --backend triton,cuda
 
 Timed with CUDA events around CUDA graphs. Layers rotate over copies whose weights together are five times the
 second-level cache, so that every call reads them from memory; quantization of the activations is part of a call. A
@@ -30,9 +31,11 @@ from ptq4arvg.models.rar import RARConfig
 from ptq4arvg_kernels import BackendError, use_backend
 
 from .contenders import Contender, Layer
+from .gpu_backends import BACKENDS, GpuBackend, gpu_backend
 from .gpu_contenders import IntegerLayer, gpu_contenders
 from .gpu_devices import ARCHITECTURES, GPUS, Gpu, gpu, matching
 from .gpu_report import PRINTED_WIDTH
+from .gpu_steps import Step
 from .latency_layers import measure_shape
 from .latency_report import layer_table, plot, prediction_table, ratio_table, step_table
 from .latency_steps import measure_model
@@ -43,11 +46,11 @@ from .rar_shapes import RAR_MODELS, rar_shapes
 from .roofline import LABEL, layer_row, step_row
 from .shapes import LayerShape
 from .timers import CudaTimer, Timer
-from .triton_launches import Step, launching, record
 
 PARTS = ("layers", "models")
 ROWS, IMAGES, REPEATS = (2, 16, 64, 200), (1, 8, 100), 15
 PREDICTED = ("w8a8", "w6a8")
+BACKEND = "triton"
 MODEL_CONTENDERS: Mapping[str, str | None] = {
     "w8a8": None,
     "w6a8": None,
@@ -112,38 +115,48 @@ def time_models(
         yield rows
 
 
-def _layer_of(shape: LayerShape, recipe: str) -> Layer:
-    """A layer of random weights with the Triton backend's plans, on the CPU."""
+def _layer_of(shape: LayerShape, recipe: str, backend: GpuBackend) -> Layer:
+    """A layer of random weights with the backend's plans, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(shape.n, shape.k, generator=generator), torch.zeros(shape.n)
     contender = IntegerLayer(int(recipe[1]), int(recipe[3]), torch.float16)
-    with launching(ARCHITECTURES[80], lambda _: None):
+    with backend.launching(ARCHITECTURES[80], lambda _: None):
         return contender.layers(weight, bias, 1)[0]
 
 
 def predict_layers(
-    gpus: Sequence[Gpu], shapes: Sequence[LayerShape], counts: Sequence[int], recipes: Sequence[str] = PREDICTED
+    gpus: Sequence[Gpu],
+    shapes: Sequence[LayerShape],
+    counts: Sequence[int],
+    recipes: Sequence[str] = PREDICTED,
+    backend: str = BACKEND,
 ) -> Iterator[dict[str, Any]]:
     """A row per shape, recipe, M and GPU."""
+    ours = gpu_backend(backend)
     for shape in shapes:
         for recipe in recipes:
-            layer = _layer_of(shape, recipe)
+            layer = _layer_of(shape, recipe, ours)
             for m in counts:
                 x = torch.zeros(m, shape.k, dtype=torch.float16)
                 call = layer(x, x.new_empty(m, shape.n))
                 for device in gpus:
-                    row = layer_row(device, recipe, record(device.device(), call), m, shape.n, shape.k)
+                    launches = ours.record(device.device(), call)
+                    row = layer_row(device, ours, recipe, launches, m, shape.n, shape.k)
                     yield row | {"layers": list(shape.users), "kind": shape.kind}
 
 
 def predict_models(
-    gpus: Sequence[Gpu], models: Sequence[str], images: Sequence[int], recipes: Sequence[str] = PREDICTED
+    gpus: Sequence[Gpu],
+    models: Sequence[str],
+    images: Sequence[int],
+    recipes: Sequence[str] = PREDICTED,
+    backend: str = BACKEND,
 ) -> Iterator[dict[str, Any]]:
     """A row per model, recipe, number of images and GPU: a decode step in the middle, and an image of such steps."""
     for model in models:
         for recipe in recipes:
             for count in images:
-                step = Step(model, recipe, 2 * count, size(model).tokens // 2)
+                step = Step(model, recipe, 2 * count, size(model).tokens // 2, backend=backend)
                 for device in gpus:
                     row = step_row(device, step)
                     yield row | {"images": count, "image_seconds": row["image_seconds"] / count}
@@ -153,9 +166,17 @@ def _predict(
     console: Console, parts: Sequence[str], gpus: Sequence[Gpu], models: Sequence[str], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    if "layers" in parts:
-        rows += predict_layers(gpus, rar_shapes(models, options["layers"]), options["rows"])
-    steps = list(predict_models(gpus, models, options["images"])) if "models" in parts else []
+    steps: list[dict[str, Any]] = []
+    for backend in options["backends"]:
+        if "layers" in parts:
+            rows += predict_layers(gpus, rar_shapes(models, options["layers"]), options["rows"], backend=backend)
+        if "models" in parts:
+            steps += predict_models(gpus, models, options["images"], backend=backend)
+    if len(options["backends"]) > 1:  # side by side
+        for row in rows + steps:
+            side_by_side([row], row["backend"], several=True)
+        rows.sort(key=lambda row: (row["N"], row["K"], row["contender"][:4], row["M"]))
+        steps.sort(key=lambda row: (models.index(row["model"]), row["contender"][:4], row["images"]))
     for device in gpus:
         layers = [row for row in rows if row["gpu"] == device.name]
         console.print(prediction_table(device, layers, [row for row in steps if row["gpu"] == device.name]))
@@ -183,6 +204,32 @@ def _time(
     return report
 
 
+def side_by_side(rows: Sequence[dict[str, Any]], backend: str, several: bool) -> None:
+    """Note the backend of our contenders, with ``several`` in their names too."""
+    for row in rows:
+        if row["contender"].startswith("w"):
+            row["backend"] = backend
+            if several:
+                row["contender"] = f"{row['contender']} {backend}"
+
+
+def _time_backends(
+    console: Console, timer: Timer, parts: Sequence[str], models: Sequence[str], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """:func:`_time` with every backend; baselines are kept of the first."""
+    report: dict[str, Any] = {}
+    for backend in options["backends"]:
+        with use_backend(checked_backend(backend), strict=True):
+            console.print(f"our kernels: {backend}")
+            found = _time(console, timer, parts, models, options)
+        for key in ("rows", "steps"):
+            side_by_side(found[key], backend, len(options["backends"]) > 1)
+            if report:
+                report[key] += [row for row in found[key] if "backend" in row]
+        report = report or found
+    return report
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -194,7 +241,9 @@ def main(
     images: Annotated[str, typer.Option(help="images at once, two sequences each")] = ",".join(map(str, IMAGES)),
     parts: Annotated[str, typer.Option(help=f"of {','.join(PARTS)}")] = ",".join(PARTS),
     gpus: Annotated[str, typer.Option(help="to predict for; default: all that are known")] = "",
-    backend: Annotated[str, typer.Option(help="backend of our kernels; no other stands in for it")] = "triton",
+    backend: Annotated[
+        str, typer.Option(help=f"of our kernels, {' or '.join(BACKENDS)}, no other stands in for it; or several")
+    ] = BACKEND,
     repeats: Annotated[int, typer.Option(min=3, help="replays, of which the median counts")] = REPEATS,
     predict: Annotated[bool, typer.Option("--predict", help="predict even if there is a GPU")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="rar_b: two layers, two rows; one image")] = False,
@@ -212,11 +261,16 @@ def main(
         for part in chosen_parts:
             if part not in PARTS:
                 raise ValueError(f"--parts: unknown part {part!r}; known are {', '.join(PARTS)}")
+        chosen_backends = names(backend)
+        for name in chosen_backends:
+            if name not in BACKENDS:
+                raise ValueError(f"--backend: unknown backend {name!r}; known are {', '.join(BACKENDS)}")
         options = {
             "layers": ["qkv", "fc1"] if quick else names(layers),
             "rows": [2] if quick else numbers("--rows", rows),
             "images": [1] if quick else numbers("--images", images),
             "repeats": repeats,
+            "backends": chosen_backends,
         }
         chosen_gpus = [gpu(name) for name in names(gpus)] if gpus else list(GPUS)
         reason = "--predict was given"
@@ -231,8 +285,7 @@ def main(
             report["reason"] = reason
             console.print("All figures above are predictions; nothing was timed.")
         else:
-            with use_backend(checked_backend(backend), strict=True):
-                report = _time(console, timer, chosen_parts, chosen_models, options)
+            report = _time_backends(console, timer, chosen_parts, chosen_models, options)
             report["machine"] = timer.describe()
     except (ValueError, RuntimeError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)

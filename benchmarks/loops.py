@@ -27,10 +27,15 @@ def ptx_loops(text: str) -> list[range]:
 _PRODUCT = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
 
+def is_product(line: str) -> bool:
+    """Whether a line of PTX is a tensor-core instruction."""
+    return _PRODUCT.search(line) is not None
+
+
 def products_per_loop(text: str) -> int:
     """Tensor-core instructions of the innermost loop that has most of them; 0 if none has any."""
     lines = text.splitlines()
-    return max((sum(bool(_PRODUCT.search(lines[i - 1])) for i in loop) for loop in ptx_loops(text)), default=0)
+    return max((sum(is_product(lines[i - 1]) for i in loop) for loop in ptx_loops(text)), default=0)
 
 
 def _inside(inner: range, outer: range) -> bool:

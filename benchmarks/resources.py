@@ -2,11 +2,15 @@
 
     python -m benchmarks.resources --quick
     python -m benchmarks.resources --json docs/resources.json
+    python -m benchmarks.resources --backend cuda --json docs/resources.json
 
 The launches are those that the Triton backend makes for the layers of the published RAR models, of all row buckets,
 on a GPU of each architecture; every kernel that differs is compiled once. Of a GEMM, the static instructions of the
 loop over K are counted: per K tile and warp, and per 1000 multiply-adds of the block's tile. An instruction of a warp
 counts once, not once per lane; those of all warps are added up.
+
+Of the CUDA backend, every kernel of the compiled module is compiled by nvcc for each architecture, and main loops stand
+beside their floor (benchmarks/cuda_tiles.py). A file of figures keeps the lines of backends that are not measured.
 """
 
 from __future__ import annotations
@@ -25,13 +29,18 @@ from rich.console import Console
 from ptq4arvg.files import replacing
 from ptq4arvg_kernels.backends.triton.launch import Launch
 
+from . import cuda_resources
+from .cuda_compiled import nvcc_version
+from .gpu_backends import BACKENDS
 from .gpu_devices import ARCHITECTURES
 from .gpu_report import PRINTED_WIDTH, resource_table
+from .gpu_steps import Step
 from .names import names, numbers
 from .rar_shapes import RAR_MODELS
 from .sass import tile_macs
+from .tables import span
 from .triton_compiled import Compiled, examine, triton_version
-from .triton_launches import GEMM, Step, is_gemm, kernel_name, tile_name, variant_name
+from .triton_launches import GEMM, is_gemm, kernel_name, tile_name, variant_name
 
 RECIPES = ("w8a8", "w6a8")
 # Sequences of a decode step, for every bucket of rows: a full last tile, and a ragged one.
@@ -45,10 +54,13 @@ UNITS = {
     "sass": "static instructions of the loop over K, per K tile and warp",
     "sass_per_kmac": "of all warps, per 1000 multiply-adds of the block's tile; a warp's instruction is one",
     "products_over_tile": "products that the warps compute, over those of the tile",
+    "floor": "cuda: the least instructions of a warp and iteration, by formula (benchmarks/cuda_tiles.py)",
+    "over_floor, over_published_floor": "sass_per_iteration over the floor; with 9, and 10, operations per 16 weights",
+    "unpack_per_weight": "instructions of a lane for a weight that 6 bits take more than 8",
 }
 KNOWN_ARCHS = ", ".join(map(str, ARCHITECTURES))
 QUICK_MODELS, QUICK_RECIPES, QUICK_ROWS, QUICK_ARCHS = ("rar_l",), ("w6a8",), (2,), (80,)
-QUICK_KERNELS = ("gemm/store", "adaln")
+QUICK_KERNELS = {"triton": ("gemm/store", "adaln"), "cuda": ("qkv_append", "gemm_w6_16x64_gate", "gemm_w8_16x64_gate")}
 
 
 @dataclass
@@ -148,6 +160,7 @@ def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """What to look at first: which kernels spill, and the largest main loops."""
     rows = list(rows)
     gemms = [line for line in rows if line["kernel"].startswith(GEMM)]
+    floors = [line for line in gemms if "over_floor" in line]
     return {
         "kernels": len(rows),
         "spilling": [
@@ -163,6 +176,15 @@ def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
                 if line["products_over_tile"] > 1
             }
         ),
+        "over_floor": {
+            f"w{bits}": span(round(line["over_floor"], 3) for line in floors if line["w_bits"] == bits)
+            for bits in sorted({line["w_bits"] for line in floors})
+        },
+        "most_over_floor": [
+            f"sm_{line['arch']} {line['kernel']}: {line['over_floor']:.3f}"
+            for line in sorted(floors, key=lambda line: -line["over_floor"])[:5]
+        ],
+        "unpack_per_weight": span(line["unpack_per_weight"] for line in floors if "unpack_per_weight" in line),
         "loops_with_prmt": sorted({f"sm_{line['arch']} {line['tile']}" for line in gemms if line["sass"].get("PRMT")}),
     }
 
@@ -176,6 +198,22 @@ def write_compact(path: Path, report: dict[str, Any]) -> None:
         temporary.write_text(f'{text},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
 
 
+def kept(path: Path | None, backends: Sequence[str]) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Commands and lines of a file's other backends.
+
+    Raises:
+        ValueError: the file is no such report.
+    """
+    if path is None or not path.exists():
+        return {}, []
+    report = json_module.loads(path.read_text(encoding="utf-8"))
+    if "rows" not in report or "command" not in report:
+        raise ValueError(f"{path} is no report of benchmarks.resources; name another file")
+    commands = report["command"] if isinstance(report["command"], dict) else {"triton": report["command"]}
+    rows = [line for line in report["rows"] if line["backend"] not in backends]
+    return {name: command for name, command in commands.items() if name not in backends}, rows
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -186,6 +224,7 @@ def main(
     rows: Annotated[str | None, typer.Option(help="numbers of rows M; default: of every bucket")] = None,
     archs: Annotated[str | None, typer.Option(help=f"of {','.join(map(str, ARCHITECTURES))}; default: all")] = None,
     kernels: Annotated[str, typer.Option(help="beginnings of names of kernels; default: all")] = "",
+    backend: Annotated[str, typer.Option(help=f"of {','.join(BACKENDS)}")] = ",".join(BACKENDS),
     quick: Annotated[bool, typer.Option("--quick", help="two kernels of one architecture")] = False,
     json: Annotated[Path | None, typer.Option(help="file of figures")] = None,
 ) -> None:
@@ -197,24 +236,37 @@ def main(
         chosen_recipes = names(recipes) if recipes else list(QUICK_RECIPES if quick else RECIPES)
         counts = numbers("--rows", rows) if rows else list(QUICK_ROWS if quick else ROWS)
         chosen_archs = numbers("--archs", archs) if archs else list(QUICK_ARCHS if quick else ARCHITECTURES)
-        chosen_kernels = names(kernels) if kernels else list(QUICK_KERNELS if quick else ())
+        chosen_backends = names(backend)
+        for name in chosen_backends:
+            if name not in BACKENDS:
+                raise ValueError(f"--backend: unknown backend {name!r}; known are {', '.join(BACKENDS)}")
         for arch in chosen_archs:
             if arch not in ARCHITECTURES:
                 raise ValueError(f"--archs: unknown architecture {arch}; known are {KNOWN_ARCHS}")
+        command = shlex.join(["python", "-m", "benchmarks.resources", *sys.argv[1:]])
+        commands, lines = kept(json, chosen_backends)
         report: dict[str, Any] = {
-            "command": shlex.join(["python", "-m", "benchmarks.resources", *sys.argv[1:]]),
+            "command": commands | dict.fromkeys(chosen_backends, command),
             "triton": triton_version(),
+            **({"nvcc": nvcc_version()} if "cuda" in chosen_backends else {}),
             "units": UNITS,
             "summary": {},
-            "rows": [],
+            "rows": lines,
         }
-        found_by_arch = measure(chosen_models, chosen_recipes, counts, chosen_archs, chosen_kernels, passes=not quick)
-        for arch, found in zip(chosen_archs, found_by_arch, strict=True):
-            console.print(resource_table(arch, found))
-            report["rows"] += found
-            report["summary"] = summarize(report["rows"])
-            if json is not None:
-                write_compact(json, report)
+        for name in chosen_backends:
+            chosen_kernels = names(kernels) if kernels else list(QUICK_KERNELS[name] if quick else ())
+            if name == "cuda":
+                found_by_arch = cuda_resources.measure(chosen_archs, chosen_kernels)
+            else:
+                found_by_arch = measure(
+                    chosen_models, chosen_recipes, counts, chosen_archs, chosen_kernels, passes=not quick
+                )
+            for arch, found in zip(chosen_archs, found_by_arch, strict=True):
+                console.print(resource_table(f"{name} sm_{arch}", found))
+                report["rows"] += found
+                report["summary"] = summarize(report["rows"])
+                if json is not None:
+                    write_compact(json, report)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error

@@ -18,14 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptq4arvg_kernels.backends.triton.launch import Launch
-
+from .gpu_backends import GpuBackend, gpu_backend
 from .gpu_devices import ISSUE_PER_CLOCK, Gpu
+from .gpu_steps import Step
 from .random_models import size
 from .rar_shapes import rar_layers
-from .traffic_minimum import minimum
-from .triton_compiled import examine
-from .triton_launches import Step, is_gemm, k_parts
 
 LABEL = "prediction"
 
@@ -51,22 +48,19 @@ class Bound:
         return max(("memory", "tensor", "issue"), key=lambda name: float(getattr(self, name)))
 
 
-def of_launch(gpu: Gpu, started: Launch) -> Bound:
+def of_launch(gpu: Gpu, started: Any, backend: GpuBackend) -> Bound:
     """The bound of one launch, which was recorded for this GPU."""
-    least = minimum(started)
+    least, cut = backend.minimum(started), backend.product(started)
     memory = least.distinct / (gpu.memory_gb_s * 1e9)
-    if not is_gemm(started):
+    if cut is None:
         return Bound(memory, 0.0, 0.0, least.distinct, least.requested, 0)
-    a, c = started.arguments, started.constants
-    waves = -(-started.grid[0] * k_parts(started) // gpu.multiprocessors)
-    steps = a["steps"] if k_parts(started) > 1 else -(-a["K"] // c["BK"])
-    macs = waves * steps * c["BM"] * c["BN"] * c["BK"]
+    waves = -(-cut.blocks // gpu.multiprocessors)
+    macs = waves * cut.steps * cut.bm * cut.bn * cut.bk
     tensor = 2 * macs / (gpu.int8_tops * 1e12 / gpu.multiprocessors)
-    loop = examine(started, gpu.capability).hot_loop
-    assert loop is not None
-    issued = waves * steps * started.num_warps * loop.total / loop.iterations
+    loop = backend.hot_loop(started, gpu.capability)
+    issued = waves * cut.steps * cut.warps * loop.total / loop.iterations
     issue = issued / (ISSUE_PER_CLOCK * gpu.clock_ghz * 1e9)
-    return Bound(memory, tensor, issue, least.distinct, least.requested, a["M"] * a["N"] * a["K"])
+    return Bound(memory, tensor, issue, least.distinct, least.requested, cut.m * cut.n * cut.k)
 
 
 def total(bounds: Sequence[Bound]) -> dict[str, Any]:
@@ -85,15 +79,18 @@ def float_layer(gpu: Gpu, m: int, n: int, k: int) -> float:
     return max(2 * (n * k + m * (n + k)) / (gpu.memory_gb_s * 1e9), 2 * m * n * k / (gpu.fp16_tflops * 1e12))
 
 
-def layer_row(gpu: Gpu, recipe: str, launches: Sequence[Launch], m: int, n: int, k: int) -> dict[str, Any]:
+def layer_row(
+    gpu: Gpu, backend: GpuBackend, recipe: str, launches: Sequence[Any], m: int, n: int, k: int
+) -> dict[str, Any]:
     """The report's line of a layer, quantization included."""
-    bounds = [of_launch(gpu, started) for started in launches]
+    bounds = [of_launch(gpu, started, backend) for started in launches]
     sums = total(bounds)
     product = bounds[-1]
     fp16 = float_layer(gpu, m, n, k)
     return {
         "kind_of_figure": LABEL,
         "gpu": gpu.name,
+        "backend": backend.name,
         "contender": recipe,
         "M": m,
         "N": n,
@@ -122,9 +119,9 @@ def float_step(gpu: Gpu, model: str, sequences: int, slots: int) -> float:
 
 def step_row(gpu: Gpu, step: Step) -> dict[str, Any]:
     """The report's line of a decode step of a whole model: the modulation of every block and of the head included."""
-    config = size(step.model)
+    config, backend = size(step.model), gpu_backend(step.backend)
     parts = {
-        name: total([of_launch(gpu, started) for started in launches])
+        name: total([of_launch(gpu, started, backend) for started in launches])
         for name, launches in step.record(gpu.device()).items()
     }
     times = {"modulation": config.depth, "block": config.depth, "head": 1}
@@ -133,6 +130,7 @@ def step_row(gpu: Gpu, step: Step) -> dict[str, Any]:
     return {
         "kind_of_figure": LABEL,
         "gpu": gpu.name,
+        "backend": step.backend,
         "model": step.model,
         "contender": step.recipe,
         "sequences": step.sequences,

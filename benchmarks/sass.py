@@ -19,7 +19,7 @@ MATRIX = ("IMMA", "IGMMA", "UTCIMMA")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*)((?:\.[\w]+)*)([^;]*);")
 _LABEL = re.compile(r"^(\.L_[\w.]+|\.L[\w.]*):")
 _TARGET = re.compile(r"`\((\.L[\w.]+)\)")
-_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
+_RESOURCES = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,13 @@ class Resources:
     spill_bytes: int
 
 
+@dataclass(frozen=True)
+class Usage(Resources):
+    """:class:`Resources` and static shared memory of a block, in bytes."""
+
+    shared_bytes: int
+
+
 @cache
 def _tool(name: str) -> Path:
     import triton
@@ -69,20 +76,34 @@ def _run(tool: str, arguments: Sequence[str], cubin: bytes) -> str:
     return done.stdout
 
 
-def resources(cubin: bytes) -> Resources:
-    """Registers and spilled bytes per thread of the one kernel in a cubin.
+def usage(cubin: bytes) -> dict[str, Usage]:
+    """What the kernels of a cubin take, by name.
 
-    Triton's kernels have no arrays of their own on the stack, so that all of it is spilled registers.
+    Neither Triton's kernels nor ours have arrays of their own on the stack, so that all of it is spilled registers.
 
     Raises:
         RuntimeError: the tool failed or its answer has another form.
     """
     text = _run("cuobjdump", ["--dump-resource-usage"], cubin)
     found = _RESOURCES.findall(text)
+    if not found or len(found) != text.count("REG:"):
+        raise RuntimeError(f"cuobjdump --dump-resource-usage answers in another form than expected:\n{text}")
+    return {
+        name: Usage(int(reg), max(int(stack), int(local)), int(shared)) for name, reg, stack, shared, local in found
+    }
+
+
+def resources(cubin: bytes) -> Resources:
+    """Registers and spilled bytes per thread of the one kernel in a cubin.
+
+    Raises:
+        RuntimeError: as :func:`usage`, or there are several kernels.
+    """
+    found = usage(cubin)
     if len(found) != 1:
-        raise RuntimeError(f"cuobjdump --dump-resource-usage names {len(found)} functions instead of one:\n{text}")
-    registers, stack, local = map(int, found[0])
-    return Resources(registers, max(stack, local))
+        raise RuntimeError(f"the cubin has {len(found)} functions instead of one: {', '.join(found)}")
+    [only] = found.values()
+    return Resources(only.registers, only.spill_bytes)
 
 
 def disassemble(cubin: bytes) -> str:

@@ -17,12 +17,14 @@ pytest.importorskip("triton")
 from benchmarks import latency, latency_steps, rar_shapes, roofline, shapes
 from benchmarks.contenders import Contender, Layer
 from benchmarks.decode_steps import SEED, classes_of
+from benchmarks.gpu_backends import gpu_backend
 from benchmarks.gpu_contenders import TorchLayer, gpu_contenders
 from benchmarks.gpu_devices import GPUS, Gpu, gpu, matching
+from benchmarks.gpu_steps import Step
 from benchmarks.latency_layers import COLD_FACTOR, MIN_CALLS, copies_for, measure_shape
 from benchmarks.latency_report import plot
 from benchmarks.timers import WARM_CALLS, CpuTimer
-from benchmarks.triton_launches import Step, is_gemm
+from benchmarks.triton_launches import is_gemm
 from ptq4arvg.models import rar
 from ptq4arvg.models.rar import RARConfig
 from ptq4arvg_kernels import use_backend
@@ -168,7 +170,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bound_by_hand(tiny: None) -> None:
     device = gpu("A100")
     [qkv, *_] = [one for one in Step("tiny", "w8a8", 2, 9).record(device.device())["block"] if is_gemm(one)]
-    bound = roofline.of_launch(device, qkv)
+    bound = roofline.of_launch(device, qkv, gpu_backend("triton"))
     n, k = 768, 256
     assert bound.macs == 2 * n * k
     assert bound.bytes == n * k + 2 * k + 2 * n * 2
@@ -223,7 +225,11 @@ def test_a_picture_of_measured_figures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--parts", "heads"], "unknown part 'heads'"), (["--predict", "--gpus", "V100"], "unknown GPU 'V100'")],
+    [
+        (["--backend", "cpu"], "unknown backend 'cpu'"),
+        (["--parts", "heads"], "unknown part 'heads'"),
+        (["--predict", "--gpus", "V100"], "unknown GPU 'V100'"),
+    ],
 )
 def test_mistakes_are_named(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(latency.app, arguments)

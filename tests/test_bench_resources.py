@@ -15,8 +15,9 @@ pytest.importorskip("triton")
 from benchmarks import gpu_markdown, resources, sass
 from benchmarks.gpu_devices import ARCHITECTURES
 from benchmarks.gpu_report import by_kind
+from benchmarks.gpu_steps import Step
 from benchmarks.triton_compiled import compile_launch, examine
-from benchmarks.triton_launches import Step, is_gemm, k_parts, kernel_name
+from benchmarks.triton_launches import is_gemm, k_parts, kernel_name
 
 # Two disjoint loops with products inside an outer one, a loop without products, padding behind the end.
 LISTING = """
@@ -147,7 +148,7 @@ def test_what_two_readers_see_agrees(launches: list[Any]) -> None:
 
 def test_the_table_is_written(tmp_path: Path) -> None:
     path = tmp_path / "resources.json"
-    arguments = ["--quick", "--models", "rar_b", "--json", str(path)]
+    arguments = ["--quick", "--backend", "triton", "--models", "rar_b", "--json", str(path)]
     result = CliRunner().invoke(resources.app, arguments)
     assert result.exit_code == 0, result.output
     report = json.loads(path.read_text(encoding="utf-8"))
@@ -187,7 +188,8 @@ def test_the_committed_table_is_that_of_these_kernels() -> None:
     """Registers may differ with another Triton; kernels, tiles and the absence of spills may not."""
     committed = json.loads(COMMITTED.read_text(encoding="utf-8"))["rows"]
     [fresh] = resources.measure(("rar_b",), ("w8a8", "w6a8"), resources.ROWS, (80,))
-    known = {(row["kernel"], row["tile"], row["variant"]): row for row in committed if row["arch"] == 80}
+    triton = [row for row in committed if (row["backend"], row["arch"]) == ("triton", 80)]
+    known = {(row["kernel"], row["tile"], row["variant"]): row for row in triton}
     for row in fresh:
         before = known[row["kernel"], row["tile"], row["variant"]]
         assert row["spill_bytes"] <= before["spill_bytes"]

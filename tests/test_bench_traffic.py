@@ -17,9 +17,10 @@ pytest.importorskip("triton")
 from benchmarks import traffic
 from benchmarks.emulated_traffic import emulate, tile_of, units
 from benchmarks.gpu_devices import ARCHITECTURES
+from benchmarks.gpu_steps import Step
 from benchmarks.loops import products_per_loop, ptx_loops
 from benchmarks.traffic_minimum import minimum
-from benchmarks.triton_launches import Step, is_gemm, kernel_name, record
+from benchmarks.triton_launches import is_gemm, kernel_name, record
 from ptq4arvg.models import rar
 from ptq4arvg_kernels.backends.triton.launch import Launch
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tests.test_blocks as blocks
 from ptq4arvg.blocks import QuantBlock
@@ -19,6 +18,7 @@ pytest.importorskip("triton")
 from ptq4arvg_kernels.backends.triton import launch
 from ptq4arvg_kernels.backends.triton.plans import BlockPlan, PackedLayer
 from tests.kernels.triton_cases import device, recorded
+from tests.operations import Operations
 
 LAUNCHES = ["adaln_quant_kernel", "gemm", "decode_kernel", "gemm", "adaln_quant_kernel", "gemm", "gemm"]
 MODULATION = ["quantize_kernel", "gemm"]
@@ -64,18 +64,6 @@ def test_steps_equal_the_reference(
     assert torch.equal(cache.v, kept.v)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-
-
-class Operations(TorchDispatchMode):
-    """Names of the torch operators that run inside the block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.usefixtures("aligned")

@@ -194,7 +194,9 @@ def test_every_number_of_warps(monkeypatch: pytest.MonkeyPatch, warps: int) -> N
         same_step(given, fused(given))
 
 
-@pytest.mark.parametrize("schedule", ["warp_serial", "warp_reverse", "random"])
+@pytest.mark.parametrize(
+    "schedule", ["warp_serial", *(pytest.param(name, marks=pytest.mark.slow) for name in ("warp_reverse", "random"))]
+)
 def test_one_warp_at_a_time(monkeypatch: pytest.MonkeyPatch, schedule: str) -> None:
     planned(monkeypatch, 4, 2)
     given = step(88, 170, groups=3)
@@ -444,37 +446,28 @@ def bug(folder: Path, source: str, file: str, old: str, new: str) -> Callable[[s
     return planted(folder, source, ONE_CLASS, (file, old, new))
 
 
+def _planted(name: str, file: str, old: str, new: str, slow: bool = True) -> Any:
+    return pytest.param(file, old, new, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("attention.cuh", "start + g + 8 * h >= end[n]", "false"),
-        ("attention.cuh", "start == fresh_tile", "false"),
-        (
+        _planted("hidden slots", "attention.cuh", "start + g + 8 * h >= end[n]", "false", slow=False),
+        _planted("no new token", "attention.cuh", "start == fresh_tile", "false", slow=False),
+        _planted(
+            "swapped fragments",
             "attention.cuh",
             "a[1] = even_codes(word[1], zero[1]);\n    a[2] = odd",
             "a[2] = even_codes(word[1], zero[1]);\n    a[1] = odd",
+            slow=False,
         ),
-        (
-            "attention.cuh",
-            "__shfl_sync(FULL_WARP, v_zq, 2 * t + 1 + 8 * h)",
-            "__shfl_sync(FULL_WARP, v_zq, 2 * t + 8 * h)",
-        ),
-        ("attention.cuh", "scale_sums(n, fade);", ""),
-        ("attention_merge.cuh", "store_code_octet(static", "if (octet) store_code_octet(static"),
-        ("attention_merge.cuh", "widen(narrow(p.dtype, y), p.dtype, y);", ""),
-        ("attention_queries.cuh", "widen(narrow(p.dtype, q), p.dtype, q);", ""),
-        ("attention_queries.cuh", "if (has_slot && OCTET * octet < p.lanes)", "if (has_slot && octet)"),
-    ],
-    ids=[
-        "hidden slots",
-        "no new token",
-        "swapped fragments",
-        "zero points of values",
-        "sums not scaled to a new top",
-        "columns not written",
-        "output not rounded to its dtype",
-        "query not rounded to its dtype",
-        "half a key",
+        _planted("zero points of values", "attention.cuh", "v_zq, 2 * t + 1 + 8 * h)", "v_zq, 2 * t + 8 * h)"),
+        _planted("sums not scaled to a new top", "attention.cuh", "scale_sums(n, fade);", ""),
+        _planted("columns not written", "attention_merge.cuh", "store_code_octet(s", "if (octet) store_code_octet(s"),
+        _planted("output not rounded", "attention_merge.cuh", "widen(narrow(p.dtype, y), p.dtype, y);", ""),
+        _planted("query not rounded", "attention_queries.cuh", "widen(narrow(p.dtype, q), p.dtype, q);", ""),
+        _planted("half a key", "attention_queries.cuh", "has_slot && OCTET * octet < p.lanes", "has_slot && octet"),
     ],
 )
 def test_a_wrong_kernel_is_found(tmp_path: Path, file: str, old: str, new: str) -> None:
@@ -490,7 +483,7 @@ def test_a_wrong_kernel_is_found(tmp_path: Path, file: str, old: str, new: str) 
     ("old", "new"),
     [
         ("wait_copies<STAGES - 1>()", "wait_copies<STAGES>()"),
-        ("wait_copies<STAGES - 1>()", ""),
+        pytest.param("wait_copies<STAGES - 1>()", "", marks=pytest.mark.slow),
     ],
     ids=["one group too few", "none"],
 )

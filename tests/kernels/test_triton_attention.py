@@ -14,7 +14,7 @@ from tests.kernels.kernel_cases import CacheCase, cache_case, generator, random_
 
 pytest.importorskip("triton")
 
-from ptq4arvg_kernels.backends.triton import attention, block_attention, decode, scratch, softmax, support
+from ptq4arvg_kernels.backends.triton import attention, block_attention, decode, handover, scratch, softmax, support
 from ptq4arvg_kernels.backends.triton.attention import Grouping, Heads, Schedule
 from tests.kernels.triton_cases import (
     barriers,
@@ -302,15 +302,21 @@ def test_a_dropped_load_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("visible = slot_of < last", "visible = slot_of < span"),
         ("visible = visible & (slot_of != slot)", "visible = visible & True"),
-        ("lanes < tl.where(position == slot, PADDED, 0)", "lanes < HEAD_DIM"),
+        ("lanes < tl.where(exists, PADDED, 0)", "lanes < HEAD_DIM"),
     ],
     ids=["hidden slots", "the slot that is being written", "padding lanes"],
 )
 def test_a_wrong_mask_is_found(monkeypatch: pytest.MonkeyPatch, right: str, wrong: str) -> None:
     given = step(88, 40, end=30)
+    given.visible_end.fill_(33)  # the token's slot is not the last one that it sees
     given.k_cache[:, :, 29], given.v_cache[:, :, 29] = 127, -128
     same_step(given, fused(given))
-    monkeypatch.setattr(attention, "decode_kernel", edited(decode.decode_kernel, right, wrong))
+    if right in decode.append_token.src:
+        append = edited(decode.append_token, right, wrong)
+        kernel = edited(decode.decode_kernel, "SPLITS", "SPLITS", append_token=append)
+    else:
+        kernel = edited(decode.decode_kernel, right, wrong)
+    monkeypatch.setattr(attention, "decode_kernel", kernel)
     with pytest.raises(AssertionError):
         same_step(given, fused(given))
 
@@ -378,8 +384,9 @@ def test_merging_before_all_have_arrived_is_found(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(attention, "_scratch", spoiled)
     given = step(64, 160, batch=1, heads=1, period=period)
     want, _ = _codes(given, batch=1)
-    merge = edited(softmax.merge_splits, "last = arrived == SPLITS - 1", "last = arrived == 0")
-    merge = edited(merge, "tl.store(counters + pair, 0)", "pass")  # or the last block would mend it
+    last = edited(handover.arrived_last, "last = arrived == parts - 1", "last = arrived == 0")
+    last = edited(last, "tl.store(counter, 0)", "pass")  # or the last block would mend it
+    merge = edited(softmax.merge_splits, "SPLITS", "SPLITS", arrived_last=last)
     module, name = (decode, "decode_kernel") if period == 1 else (block_attention, "block_attention_kernel")
     kernel = edited(getattr(module, name), "SPLITS", "SPLITS", merge_splits=merge)
     monkeypatch.setattr(attention, name, kernel)
@@ -390,7 +397,8 @@ def test_merging_before_all_have_arrived_is_found(monkeypatch: pytest.MonkeyPatc
 def test_a_counter_that_is_left_behind_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "schedule", lambda *shape: Schedule(1, 16, 2, 2))
     given = step(64, 160)
-    merge = edited(softmax.merge_splits, "tl.store(counters + pair, 0)", "pass")
+    last = edited(handover.arrived_last, "tl.store(counter, 0)", "pass")
+    merge = edited(softmax.merge_splits, "SPLITS", "SPLITS", arrived_last=last)
     monkeypatch.setattr(
         attention, "decode_kernel", edited(decode.decode_kernel, "SPLITS", "SPLITS", merge_splits=merge)
     )

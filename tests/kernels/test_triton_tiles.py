@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.shapes import layer_shapes
-from ptq4arvg_kernels.backends.triton import tiles, weights
+from ptq4arvg_kernels.backends.triton import support, tiles, weights
 from ptq4arvg_kernels.backends.triton.tiles import Device, Plan, Tile, plan
 from ptq4arvg_kernels.packing import pack
 from tests.kernels.kernel_cases import generator
@@ -120,6 +121,20 @@ def test_requested_bytes() -> None:
     how = Plan(Tile(16, 64, 128, 4, 4), split=2, tiles_m=2, tiles_n=3, steps=4)
     weight, x, partial = 2 * 192 * 1024 * 6 // 8, 3 * 20 * 1000, 3 * 4 * 20 * 192
     assert how.requested_bytes(20, 190, 1000, 6, written=77) == weight + x + partial + 77
+
+
+def test_an_assumed_device() -> None:
+    """What looks at launches without a GPU chooses the device; nested and in other threads it is independent."""
+    cpu = torch.device("cpu")
+    assert tiles.describe(cpu) == A100
+    with support.assume(DEVICES[1]):
+        assert tiles.describe(cpu) == DEVICES[1]
+        assert support.multiprocessors(cpu) == 82
+        with support.assume(DEVICES[3]):
+            assert support.multiprocessors(cpu) == 132
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(support.multiprocessors, cpu).result() == A100.multiprocessors
+    assert support.multiprocessors(cpu) == A100.multiprocessors
 
 
 @pytest.fixture

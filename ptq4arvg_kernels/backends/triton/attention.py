@@ -52,8 +52,7 @@ def schedule(pairs: int, period: int, span: int, multiprocessors: int) -> Schedu
     """A pure function of the shape and the device.
 
     One query: many pairs fill the device with two warps each, whose reduction at the end costs least; few pairs take
-    four, one per scheduler of a multiprocessor (every warp repeats the work on q and the new token, so that eight would
-    gain nothing). More queries: tiles of 16 to 64 on tensor cores.
+    four, one per scheduler of a multiprocessor. More queries: tiles of 16 to 64 on tensor cores.
 
     Args:
         pairs: sequences times heads.

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .decode import LOG2_E
-from .heads import restore_half, slot_grid
+from .heads import VALUES, grid_pair, head_grids, restore_half, slot_grid
 from .softmax import HIDDEN, emit, merge_splits
 
 
@@ -103,14 +103,17 @@ def block_attention_kernel(
     weight = tl.zeros((BM,), tl.float32)
     total = tl.zeros((BM, LANES), tl.float32)
     row = tl.arange(0, BN)
+    grids = head_grids(k_table, v_table, 0, head, heads, 2 if GROUPING == "step" else 1)
+    k_pair = grid_pair(grids, 0, GROUPING)
+    v_pair = grid_pair(grids, VALUES, GROUPING)
     for start in range(first, last, BN):
         slot_of = start + row
         inside = slot_of < last
         mask = inside[:, None] & (lanes < PADDED)
         k_codes = tl.load(k_rows + slot_of[:, None] * PADDED + lanes, mask=mask, other=0)
         v_codes = tl.load(v_rows + slot_of[:, None] * PADDED + lanes, mask=mask, other=0)
-        k_delta, k_zq = slot_grid(k_table, kv_group, slot_of, inside, head, heads, groups, edge, GROUPING)
-        v_delta, v_zq = slot_grid(v_table, kv_group, slot_of, inside, head, heads, groups, edge, GROUPING)
+        k_delta, k_zq = slot_grid(k_pair, k_table, kv_group, slot_of, inside, head, heads, groups, edge, GROUPING)
+        v_delta, v_zq = slot_grid(v_pair, v_table, kv_group, slot_of, inside, head, heads, groups, edge, GROUPING)
         keys = tl.trans(restore_half(k_codes, k_zq[:, None], DTYPE, ASM))
         dot = tl.zeros((BM, BN), tl.float32)
         for i in tl.static_range(PIECES):
@@ -135,6 +138,15 @@ def block_attention_kernel(
             top, weight, total, workspace, counters, tile, split, tiles, SPLITS, BM, LANES
         )
     if done:
+        grid = (1.0, 0.0, 8.0)
+        if QUANTIZE:
+            position = tl.load(positions + queries, mask=exists, other=0).to(tl.int64)
+            of_query = out_table + 4 * tl.minimum(tl.maximum(position, 0), out_length - 1)
+            grid = (
+                tl.load(of_query + 1, mask=exists, other=1.0)[:, None],
+                tl.load(of_query + 2, mask=exists, other=0.0)[:, None],
+                tl.load(of_query + 3, mask=exists, other=8.0)[:, None],
+            )
         out_rows = batch * period + queries
         emit(
             weight,
@@ -144,11 +156,8 @@ def block_attention_kernel(
             out_rows * (heads * HEAD_DIM),
             head * HEAD_DIM + lanes,
             real,
-            out_table,
-            positions,
-            queries,
+            grid,
             exists,
-            out_length,
             q.dtype.element_ty,
             QUANTIZE,
         )

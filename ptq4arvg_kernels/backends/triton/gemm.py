@@ -4,16 +4,8 @@ A thread block computes a tile ``[BM, BN]`` of ``x [M, K] . w [N, K]^T`` over a 
 chosen by constexprs (:mod:`.epilogue`); weights come in the order of :mod:`.weights`, where a tile is a run of bytes.
 
 Split-K. The partial sums of a tile are int32, so their order does not matter. Every block stores its partial sums; the
-last one to arrive adds those of the others to its own and goes on with the epilogue, in the same launch. Memory order:
-
-1. the threads of a block store partial sums (weak stores), then meet at a barrier;
-2. one thread adds 1 to the tile's counter with ``acq_rel`` at the scope of the GPU. Barriers and releases are
-   cumulative in the PTX memory model: the stores of the whole block happen before the reads of whoever sees this
-   addition;
-3. Triton hands the counter's old value to the other threads through shared memory and a barrier, so that the loads of
-   the last block happen after its acquire, hence after the stores of every other block of the tile. They bypass L1
-   (``.cg``), where a line of an earlier kernel could still live;
-4. the last block sets the counter back to 0 for the next launch on the stream, which the kernel boundary orders.
+last one to arrive (:mod:`.handover`) adds those of the others to its own and goes on with the epilogue, in the same
+launch.
 
 Rows of the operands are addressed with 64 bits, and rows behind M are masked, not wrapped: they are never read.
 """
@@ -24,10 +16,13 @@ import triton
 import triton.language as tl
 
 from .epilogue import activate, add_residual, dequantize, gated, swiglu
+from .handover import arrived_last
 from .int6 import unpack
 from .rounding import half_range, to_codes
-from .rows import pick
+from .rows import clamped
 
+# Elements of the smallest tile that the epilogue takes in two halves.
+HALVED = tl.constexpr(8192)
 # Elements of the largest residual tile that is loaded before the main loop: 16 per thread and less.
 EARLY = tl.constexpr(2048)
 
@@ -155,14 +150,14 @@ def load_channels(scale, col_sums, bias, channel, mask):
 
 
 @triton.jit
-def load_positions(positions, rm, period, M, BM: tl.constexpr):
-    """``[BM, lanes]``: ``positions[row % P]`` in the first column, zeros in the others.
+def load_indices(indices, rm, period, M, BM: tl.constexpr):
+    """``[BM, lanes]``: ``indices[row % P]`` in the first column, zeros in the others.
 
-    As wide as a block, so that one lane asks for each position (see :func:`load_channels`); the sum of the columns is
+    As wide as a block, so that one lane asks for each index (see :func:`load_channels`); the sum of the columns is
     taken after the main loop.
     """
     lane = tl.arange(0, max(2, 128 // BM))[None, :]
-    return tl.load(positions + (rm % period)[:, None] + 0 * lane, mask=(lane == 0) & (rm < M)[:, None], other=0)
+    return tl.load(indices + (rm % period)[:, None] + 0 * lane, mask=(lane == 0) & (rm < M)[:, None], other=0)
 
 
 @triton.jit
@@ -197,10 +192,17 @@ def load_tile(matrix, row, stride, rm, pn, M, N, BM: tl.constexpr, BN: tl.conste
 
 
 @triton.jit
+def halves(acc, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of the columns; nothing moves between threads."""
+    return tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def finish(
     acc,
     channels,
-    position,
+    grid,
+    out_grid,
     early,
     rm,
     pm,
@@ -208,15 +210,11 @@ def finish(
     out,
     sums,
     bias,
-    table,
-    out_table,
     gate,
-    gate_rows,
+    gate_index,
     residual,
     M,
     N,
-    length,
-    out_length,
     gate_count,
     gate_stride,
     EPILOGUE: tl.constexpr,
@@ -224,7 +222,10 @@ def finish(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """From exact sums to what the operator returns, see :func:`gemm`; ``early``: the residual if it is loaded already.
+    """From exact sums to what the operator returns, see :func:`gemm`.
+
+    ``grid``, ``out_grid``: :func:`load_row` of the rows' positions in ``table`` and, where there are codes, in
+    ``out_table``; ``early``: the residual if it is loaded already.
 
     The barriers between large operands keep the compiler from loading all of them at once, which would spill registers.
     """
@@ -235,8 +236,7 @@ def finish(
     if bias is not None:
         b = bias_bits.to(tl.float32, bitcast=True)
     rows = rm < M
-    position = tl.sum(position, 1)
-    delta, _, zq, _ = load_row(table, position, length, rows, BM)
+    delta, _, zq, _ = grid
     y = dequantize(acc, delta, zq.to(tl.int32), scale.to(tl.float32, bitcast=True), col_sums, b)
     if EPILOGUE == "swiglu_quant":
         y = swiglu(y, BM, BN)
@@ -254,8 +254,8 @@ def finish(
         tl.store(tile_out + offsets, activate(y, ACTIVATION).to(out.dtype.element_ty), mask=mask)
     elif EPILOGUE == "gate_residual":
         if gate is not None:
-            if gate_rows is not None:
-                r = pick(gate_rows, tl.minimum(rm, M - 1), gate_count)
+            if gate_index is not None:
+                r = clamped(tl.sum(gate_index, 1), gate_count)
             else:
                 r = rm.to(tl.int64)
             tl.debug_barrier()
@@ -267,7 +267,7 @@ def finish(
     else:
         if EPILOGUE == "quant":
             y = activate(y, ACTIVATION)
-        _, recip, out_zq, bits = load_row(out_table, position, out_length, rows, BM)
+        _, recip, out_zq, bits = out_grid
         codes = to_codes(y, recip[:, None], out_zq[:, None], half_range(bits)[:, None])
         tl.store(tile_out + offsets, codes.to(tl.int8), mask=mask)
         if sums is not None:  # integers: column tiles add up in any order
@@ -339,41 +339,62 @@ def gemm(
     tile = tl.program_id(0)
     pm, pn = tile_of(tile, tiles_m, tiles_n, GROUP_M)
     rm = pm * BM + tl.arange(0, BM)
-    rn = pn * BN + tl.arange(0, BN)
+    # Large tiles are finished one half of their columns after the other, each a tile (pm, 2 pn + i) of BN / 2 columns:
+    # scales, sums and bias of all columns of a thread would fill its registers (on sm_90 it has a quarter of them).
+    HALVES: tl.constexpr = 2 if BM * BN >= HALVED else 1
+    WIDTH: tl.constexpr = BN // HALVES
     # What the epilogue needs and can be addressed by now is loaded before the main loop, which hides the latency; what
     # depends on a loaded value comes after it, since waiting here would delay the first tile.
-    position = load_positions(positions, rm, period, M, BM)
-    channel = rn
-    if EPILOGUE == "swiglu_quant":
-        channel = (rn % 2) * (N // 2) + rn // 2
-    channels = load_channels(scale, col_sums, bias, channel, rn < N)
+    position = load_indices(positions, rm, period, M, BM)
+    gate_index = None
+    if gate_rows is not None:
+        gate_index = load_indices(gate_rows, rm, M, M, BM)
+    channels = ()
+    for i in tl.static_range(HALVES):
+        rn = (pn * HALVES + i) * WIDTH + tl.arange(0, WIDTH)
+        channel = rn
+        if EPILOGUE == "swiglu_quant":
+            channel = (rn % 2) * (N // 2) + rn // 2
+        channels += (load_channels(scale, col_sums, bias, channel, rn < N),)
     early = None
     if EPILOGUE == "gate_residual" and not SPLIT and BM * BN <= EARLY:
         early = load_tile(residual + pm.to(tl.int64) * BM * N, tl.arange(0, BM), N, rm, pn, M, N, BM, BN)
     part = tl.program_id(1)
     tiles_k = tl.cdiv(K, BK)
-    if not SPLIT:
-        acc = main_loop(x, w, pm, pn, M, K, n_padded, part, tiles_k, BITS, ASM, EVEN_M, EVEN_K, BM, BN, BK)
-    else:
+    first = part
+    last = tiles_k
+    if SPLIT:
         first = part * steps
         last = tl.minimum(first + steps, tiles_k)
-        acc = main_loop(x, w, pm, pn, M, K, n_padded, first, last, BITS, ASM, EVEN_M, EVEN_K, BM, BN, BK)
-        tiles = tl.num_programs(0)
-        inside = tl.arange(0, BM)[:, None, None] * BN + pieces(4, BN)
-        rows = (rm < M)[:, None, None]
-        total = tl.reshape(acc, (BM, 4, BN // 4))  # see load_tile
-        tl.store(partial + (part * tiles + tile).to(tl.int64) * (BM * BN) + inside, total, mask=rows)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
-        parts = tl.num_programs(1)
-        if arrived != parts - 1:
+    acc = main_loop(x, w, pm, pn, M, K, n_padded, first, last, BITS, ASM, EVEN_M, EVEN_K, BM, BN, BK)
+    sums_of = (acc,)
+    if HALVES == 2:
+        sums_of = halves(acc, BM, BN)
+    tiles, parts = tl.num_programs(0), tl.num_programs(1)
+    inside = tl.arange(0, BM)[:, None, None] * BN + pieces(4, WIDTH)
+    rows = (rm < M)[:, None, None]
+    if SPLIT:
+        mine = partial + (part * tiles + tile).to(tl.int64) * (BM * BN)
+        for i in tl.static_range(HALVES):
+            tl.store(mine + i * WIDTH + inside, tl.reshape(sums_of[i], (BM, 4, WIDTH // 4)), mask=rows)  # see load_tile
+        if not arrived_last(counters + tile, parts):
             return
-        tl.store(counters + tile, 0)
-        for i in tl.range(1, parts, num_stages=1):
-            theirs = partial + ((part + i) % parts * tiles + tile).to(tl.int64) * (BM * BN) + inside
-            total += tl.load(theirs, mask=rows, other=0, cache_modifier=".cg")
-        acc = tl.reshape(total, (BM, BN))
-    finish(
-        acc, channels, position, early, rm, pm, pn, out, sums, bias, table, out_table, gate, gate_rows, residual,
-        M, N, length, out_length, gate_count, gate_stride, EPILOGUE, ACTIVATION, BM, BN,
-    )  # fmt: skip
+    position = tl.sum(position, 1)
+    grid = load_row(table, position, length, rm < M, BM)
+    out_grid = grid
+    if out_table is not None:
+        out_grid = load_row(out_table, position, out_length, rm < M, BM)
+    for i in tl.static_range(HALVES):
+        total = sums_of[i]
+        if SPLIT:
+            total = tl.reshape(total, (BM, 4, WIDTH // 4))
+            for other in tl.range(1, parts, num_stages=1):
+                theirs = partial + ((part + other) % parts * tiles + tile).to(tl.int64) * (BM * BN)
+                total += tl.load(theirs + i * WIDTH + inside, mask=rows, other=0, cache_modifier=".cg")
+            total = tl.reshape(total, (BM, WIDTH))
+        finish(
+            total, channels[i], grid, out_grid, early, rm, pm, pn * HALVES + i, out, sums, bias, gate, gate_index,
+            residual, M, N, gate_count, gate_stride, EPILOGUE, ACTIVATION, BM, WIDTH,
+        )  # fmt: skip
+        if i + 1 < HALVES:
+            tl.debug_barrier()

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .rounding import SHIFT, SHIFT_BITS
+from .rows import float_word, load_words
 
 L2_EPS = tl.constexpr(1e-12)  # as torch.nn.functional.normalize
 
@@ -17,7 +18,7 @@ def transform(
     weight,
     bias,
     factor,
-    rope,
+    angles,
     eps,
     KIND: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -32,9 +33,8 @@ def transform(
     Args:
         x: the vectors.
         lanes: column numbers ``[1, LANES]``.
-        weight, bias: pointers to ``[d]``, or None.
-        factor: float32 that broadcasts against x, or None.
-        rope: pointer to the position's ``[d/2, 2]`` (cos, sin).
+        weight, bias, factor: float32 that broadcast against x, or None.
+        angles: float32 ``[1 or ROWS, LANES]``, the position's ``[d/2, 2]`` (cos, sin).
     """
     real = lanes < HEAD_DIM
     if KIND == "layer_norm":
@@ -43,9 +43,9 @@ def transform(
         variance = tl.math.div_rn(tl.sum(centred * centred, 1), HEAD_DIM * 1.0)
         x = centred * tl.math.div_rn(1.0, tl.math.sqrt_rn(variance + eps))[:, None]
         if weight is not None:
-            x = x * tl.load(weight + lanes, mask=real, other=0.0).to(tl.float32)
+            x = x * weight
         if bias is not None:
-            x = x + tl.load(bias + lanes, mask=real, other=0.0).to(tl.float32)
+            x = x + bias
     elif KIND == "l2":
         length = tl.maximum(tl.math.sqrt_rn(tl.sum(x * x, 1)), L2_EPS)
         x = tl.math.div_rn(x, tl.broadcast_to(length[:, None], (ROWS, LANES)))
@@ -53,8 +53,7 @@ def transform(
             x = x * factor
     elif KIND == "rope":
         a, b = tl.split(tl.reshape(x, (ROWS, LANES // 2, 2)))
-        angles = tl.load(rope + lanes, mask=real, other=0.0).to(tl.float32)
-        cos, sin = tl.split(tl.reshape(angles, (1, LANES // 2, 2)))
+        cos, sin = tl.split(tl.reshape(angles, (angles.shape[0], LANES // 2, 2)))
         x = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (ROWS, LANES))
     else:
         tl.static_assert(KIND == "none", "unknown qk_kind")
@@ -67,9 +66,52 @@ def group_of(kv_group, slots, mask, groups):
     return tl.minimum(tl.maximum(tl.load(kv_group + slots, mask=mask, other=0), 0), groups - 1)
 
 
+# Words of head_grids.
+DELTA = tl.constexpr(0)
+RECIP = tl.constexpr(1)
+ZQ = tl.constexpr(2)
+SECOND = tl.constexpr(4)  # the same of the second group
+VALUES = tl.constexpr(8)  # the same of the values
+
+
 @triton.jit
-def slot_grid(table, kv_group, slots, visible, head, heads, groups, edge, GROUPING: tl.constexpr):
-    """``(delta, zq)`` float32 of every slot, from a ``[G, H, 4]`` table.
+def head_grids(k_table, v_table, first, head, heads, GROUPS: tl.constexpr):
+    """int32 ``[32]``: the table rows of a head in the groups ``first`` and, with GROUPS 2, ``first + 1``.
+
+    ============ ============ ============ =============
+    words 0-3    4-7          8-11         12-15
+    ============ ============ ============ =============
+    keys, first  keys, second values, first values, second
+    ============ ============ ============ =============
+
+    each (delta, recip, zq, bits), float32 bits; see :func:`.rows.load_words`.
+    """
+    lane = tl.arange(0, 32)
+    at = ((first + lane // 4 % 2) * heads + head) * 4 + lane % 4
+    wanted = lane // 4 % 2 < GROUPS
+    keys = load_words(k_table + at, wanted & (lane < 8))
+    return keys + load_words(v_table + at, wanted & (lane >= 8) & (lane < 16))
+
+
+@triton.jit
+def grid_pair(grids, WHERE: tl.constexpr, GROUPING: tl.constexpr):
+    """``(delta, zq, delta, zq)`` of the groups 0 and 1 (or 0 again) in :func:`head_grids`, WHERE 0 of keys, VALUES of
+    values; nothing for the grouping ``table``."""
+    pair = (0.0, 0.0, 0.0, 0.0)
+    if GROUPING != "table":
+        OTHER: tl.constexpr = SECOND if GROUPING == "step" else 0
+        pair = (
+            float_word(grids, WHERE + DELTA),
+            float_word(grids, WHERE + ZQ),
+            float_word(grids, WHERE + OTHER + DELTA),
+            float_word(grids, WHERE + OTHER + ZQ),
+        )
+    return pair
+
+
+@triton.jit
+def slot_grid(pair, table, kv_group, slots, visible, head, heads, groups, edge, GROUPING: tl.constexpr):
+    """``(delta, zq)`` float32 of every slot, from a ``[G, H, 4]`` table or from :func:`grid_pair`.
 
     ``GROUPING`` ``one``: all slots are in group 0. ``step``: slots below ``edge`` are in group 0, the others in group
     1; nothing is loaded per slot. ``table``: ``kv_group`` says.
@@ -78,14 +120,12 @@ def slot_grid(table, kv_group, slots, visible, head, heads, groups, edge, GROUPI
         row = table + (group_of(kv_group, slots, visible, groups) * heads + head) * 4
         delta = tl.load(row, mask=visible, other=0.0)
         zq = tl.load(row + 2, mask=visible, other=0.0)
+    elif GROUPING == "step":
+        delta = tl.where(slots < edge, pair[0], pair[2])
+        zq = tl.where(slots < edge, pair[1], pair[3])
     else:
-        row = table + head * 4
-        delta = tl.load(row) + tl.zeros_like(slots).to(tl.float32)
-        zq = tl.load(row + 2) + tl.zeros_like(slots).to(tl.float32)
-        if GROUPING == "step":
-            row += heads * 4
-            delta = tl.where(slots < edge, delta, tl.load(row))
-            zq = tl.where(slots < edge, zq, tl.load(row + 2))
+        delta = pair[0] + tl.zeros_like(slots).to(tl.float32)
+        zq = pair[1] + tl.zeros_like(slots).to(tl.float32)
     return delta, zq
 
 

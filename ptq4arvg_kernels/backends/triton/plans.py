@@ -10,10 +10,13 @@ With one position per sequence::
     codes  = quantize(act(linear(codes)))                            fc1, or SwiGLU
     x      = x + gate * linear(codes)                                fc2
 
-With several, ``qkv_append`` is a launch of its own. Weights are signed, so that no product needs the row sums of its
-codes, and those that would cost atomics are not made. Positions are read from device tensors only; outputs and scratch
-memory come from torch's allocator. A step can be captured into a CUDA graph after one ordinary step on the stream that
-captures (:mod:`.scratch`), with a ``span`` that covers the steps to come: what a query sees is in ``visible_end``.
+With several (prefixes, VAR's scales, PAR's groups), ``qkv_append`` is a launch of its own, the eighth: all new keys
+must be in the cache before a query of the step reads them, and between thread blocks only a launch orders that.
+
+Weights are signed, so that no product needs the row sums of its codes, and those that would cost atomics are not made.
+Positions are read from device tensors only; outputs and scratch memory come from torch's allocator. A step can be
+captured into a CUDA graph after one ordinary step on the stream that captures (:mod:`.scratch`), with a ``span`` that
+covers the steps to come: what a query sees is in ``visible_end``.
 
 A plan cannot look at data, so it never refuses; with ``PTQ4ARVG_DEBUG=1`` it leaves all calls to the operators, which
 do.

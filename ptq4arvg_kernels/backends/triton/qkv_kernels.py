@@ -13,6 +13,30 @@ KV_HALF = tl.constexpr(128.0)  # 2^(bits - 1) of ptq4arvg_kernels.tables.KV_BITS
 
 
 @triton.jit
+def load_rows(first, second, which, lanes, HEAD_DIM: tl.constexpr, OTHER: tl.constexpr):
+    """float32 ``[4, LANES]``: ``first [HEAD_DIM]`` in row 0, ``second`` in row 1, OTHER elsewhere; None of None, None.
+
+    A ``[1, LANES]`` tensor every warp would load for itself; of four rows, it loads different ones.
+    """
+    rows = None
+    if first is not None:
+        rows = tl.load(first + lanes, mask=(lanes < HEAD_DIM) & (which == 0), other=OTHER).to(tl.float32)
+    if second is not None:
+        of_second = tl.load(second + lanes, mask=(lanes < HEAD_DIM) & (which == 1), other=OTHER).to(tl.float32)
+        rows = of_second if rows is None else tl.where(which == 1, of_second, rows)
+    return rows
+
+
+@triton.jit
+def load_vector(vector, lanes, HEAD_DIM: tl.constexpr):
+    """float32 ``[1, LANES]`` of a vector ``[HEAD_DIM]``, zeros behind it; None of None."""
+    values = None
+    if vector is not None:
+        values = tl.load(vector + lanes, mask=lanes < HEAD_DIM, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
 def quantize_heads(x, table, group, head, heads, mask, HEAD_DIM: tl.constexpr, lanes):
     """int32 codes of float32 ``[ROWS, LANES]`` on the grids of heads ``head [ROWS]`` in a group; 0 behind HEAD_DIM."""
     row = table + (group * heads + head) * 4
@@ -71,12 +95,14 @@ def qkv_append_kernel(
     v_in = tl.load(row + 2 * heads * HEAD_DIM + offsets, mask=real, other=0.0)
     angles = None
     if KIND == "rope":
-        angles = rope + slot * HEAD_DIM
+        angles = load_vector(rope + slot * HEAD_DIM, lanes, HEAD_DIM)
     factor = None
     if KIND == "l2":
         factor = tl.load(q_scale + head, mask=exists, other=0.0).to(tl.float32)[:, None]
-    q_out = transform(q_in.to(tl.float32), lanes, q_weight, q_bias, factor, angles, eps, KIND, HEAD_DIM, ROWS, LANES)
-    k_out = transform(k_in.to(tl.float32), lanes, k_weight, k_bias, None, angles, eps, KIND, HEAD_DIM, ROWS, LANES)
+    q_w, q_b = load_vector(q_weight, lanes, HEAD_DIM), load_vector(q_bias, lanes, HEAD_DIM)
+    k_w, k_b = load_vector(k_weight, lanes, HEAD_DIM), load_vector(k_bias, lanes, HEAD_DIM)
+    q_out = transform(q_in.to(tl.float32), lanes, q_w, q_b, factor, angles, eps, KIND, HEAD_DIM, ROWS, LANES)
+    k_out = transform(k_in.to(tl.float32), lanes, k_w, k_b, None, angles, eps, KIND, HEAD_DIM, ROWS, LANES)
 
     q_rows = q + ((batch * heads + head) * period + i) * HEAD_DIM
     tl.store(q_rows[:, None] + lanes, q_out.to(q.dtype.element_ty), mask=real)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .epilogue import activate
 from .rounding import half_range, to_codes
-from .rows import inside, load_chunk, pick, store_codes, table_row
+from .rows import clamped, inside, load_chunk, load_index, store_codes, table_row
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -26,11 +26,11 @@ def quantize_kernel(
 ):
     """``q = Q(act(x))`` of one row."""
     lane = tl.arange(0, CHUNK)
-    recip, zq, bits = table_row(table, positions, tl.program_id(0), period, length)
     row = tl.program_id(0).to(tl.int64)
     chunks = ()
     for i in tl.static_range(CHUNKS):  # all loads before the first use
         chunks += (load_chunk(x + row * WIDTH, i, lane, WIDTH, CHUNK),)
+    recip, zq, bits = table_row(table, positions, tl.program_id(0), period, length)
     total = tl.zeros((CHUNK,), tl.int32)
     for i in tl.static_range(CHUNKS):
         q = to_codes(activate(chunks[i].to(tl.float32), ACTIVATION), recip, zq, half_range(bits))
@@ -69,20 +69,21 @@ def adaln_quant_kernel(
     The statistics take two passes over the registers, as in the reference: ``c = x - mean(x)``, then ``mean(c^2)``.
     """
     lane = tl.arange(0, CHUNK)
-    recip, zq, bits = table_row(table, positions, tl.program_id(0), period, length)
     row = tl.program_id(0).to(tl.int64)
+    chunks = ()
+    for i in tl.static_range(CHUNKS):  # all loads before the first reduction of the row waits
+        chunks += (load_chunk(x + row * WIDTH, i, lane, WIDTH, CHUNK),)
     if mod_rows is not None:
-        modulation = pick(mod_rows, row, mod_count)
+        modulation = clamped(load_index(mod_rows + row), mod_count)
     else:
         modulation = row
-    chunks = ()
     scales = ()
     shifts = ()
-    for i in tl.static_range(CHUNKS):  # all loads before the first reduction waits
-        chunks += (load_chunk(x + row * WIDTH, i, lane, WIDTH, CHUNK),)
-        if mod_scale is not None:
+    if mod_scale is not None:
+        for i in tl.static_range(CHUNKS):
             scales += (load_chunk(mod_scale + modulation * scale_stride, i, lane, WIDTH, CHUNK),)
             shifts += (load_chunk(mod_shift + modulation * shift_stride, i, lane, WIDTH, CHUNK),)
+    recip, zq, bits = table_row(table, positions, tl.program_id(0), period, length)
 
     if CENTRE:
         total = tl.zeros((CHUNK,), tl.float32)

@@ -21,10 +21,62 @@ def pick(index, i, count):
 
 
 @triton.jit
+def load_words(pointers, mask):
+    """int32 ``[32]``: the 32-bit words at ``pointers [32]`` (to any 32-bit type), 0 where ``mask`` is not set.
+
+    All lanes of a warp ask for what a scalar load reads; here each asks for a word of its own, and :func:`word` hands
+    words to all of them.
+    """
+    return tl.load(pointers.to(tl.pointer_type(tl.int32), bitcast=True), mask=mask, other=0)
+
+
+@triton.jit
+def word(words, which):
+    """int32: element ``which`` of int32 ``[32]``. A sum of integers over the lanes of a warp is one instruction."""
+    return tl.sum(tl.where(tl.arange(0, 32) == which, words, 0), 0)
+
+
+@triton.jit
+def float_word(words, which):
+    """The float32 with the bits of :func:`word`."""
+    return word(words, which).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_index(pointer):
+    """int32: the int32 or int64 at ``pointer``, asked for by one lane of a warp. What an int32 cannot hold becomes its
+    nearest end, and negative numbers -1: both lie outside of whatever they index, as before."""
+    lane = tl.arange(0, 32)
+    index = tl.load(pointer + 0 * lane, mask=lane == 0, other=0)
+    return tl.sum(tl.minimum(tl.maximum(index, -1), 2147483647).to(tl.int32), 0)
+
+
+@triton.jit
+def load_float(pointer):
+    """The number at ``pointer`` in float32, asked for by one lane of a warp."""
+    lane = tl.arange(0, 32)
+    value = tl.load(pointer + 0 * lane, mask=lane == 0, other=0.0).to(tl.float32)
+    return tl.sum(value.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def clamped(index, count):
+    """``index`` clamped to ``[0, count)``, int64."""
+    return tl.minimum(tl.maximum(index, 0), count - 1).to(tl.int64)
+
+
+@triton.jit
+def output_grid(table, position, length):
+    """``(recip, zq, bits)`` float32 of the row at ``position`` (an int32) of a table of ``length`` rows."""
+    lane = tl.arange(0, 32)
+    row = load_words(table + 4 * clamped(position, length) + lane, lane < 4)
+    return float_word(row, 1), float_word(row, 2), float_word(row, 3)
+
+
+@triton.jit
 def table_row(table, positions, row, period, length):
-    """``(recip, zq, bits)`` at ``positions[row % P]`` of a table of ``length`` rows, float32; ``row`` is an int32."""
-    at = table + 4 * pick(positions, row % period, length)
-    return tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    """:func:`output_grid` at ``positions[row % P]``; ``row`` is an int32."""
+    return output_grid(table, load_index(positions + row % period), length)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .handover import arrived_last
 from .rounding import half_range, to_codes
 
 # In place of minus infinity: differences stay finite, and 2^(HIDDEN - top) is 0 for every top that a slot gave.
@@ -32,15 +33,7 @@ def merge_splits(
     """Hand the triple of this block to the last of the SPLITS blocks of a pair, which merges them.
 
     ``top, weight [ROWS]`` and ``total [ROWS, LANES]``; returns ``(last, weight, total)``, the sums merged where
-    ``last``.
-
-    Memory order. (1) The threads of a block store its triple to the workspace, then meet at a barrier. (2) One thread
-    adds 1 to the pair's counter with acquire and release at the scope of the GPU; barriers and releases are cumulative
-    in the PTX memory model, so the stores of the whole block happen before whatever reads this counter. (3) Triton
-    hands the old value to the other threads through shared memory and a barrier: the loads of the block that counted
-    ``SPLITS - 1`` before it happen after its acquire, hence after the stores of all blocks of the pair. They bypass L1
-    (``.cg``), where a line of an earlier launch could live. (4) That block sets the counter back to 0 for the next
-    launch on the stream, which the end of the kernel orders.
+    ``last``. See :mod:`.handover`.
     """
     rows = tl.arange(0, ROWS)
     lanes = tl.arange(0, LANES)[None, :]
@@ -52,9 +45,7 @@ def merge_splits(
     tl.store(workspace + mine, top)
     tl.store(workspace + step + mine, weight)
     tl.store(totals + mine[:, None] * LANES + lanes, total)
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counters + pair, 1, sem="acq_rel", scope="gpu")
-    last = arrived == SPLITS - 1
+    last = arrived_last(counters + pair, SPLITS)
     if last:
         tops = ()
         best = top
@@ -69,7 +60,6 @@ def merge_splits(
             weight += tl.load(workspace + step + theirs, cache_modifier=".cg") * factor
             part = tl.load(totals + theirs[:, None] * LANES + lanes, cache_modifier=".cg")
             total += part * factor[:, None]
-        tl.store(counters + pair, 0)
     return last, weight, total
 
 
@@ -82,11 +72,8 @@ def emit(
     out_rows,
     columns,
     mask,
-    table,
-    positions,
-    at,
+    grid,
     exists,
-    length,
     DTYPE: tl.constexpr,
     QUANTIZE: tl.constexpr,
 ):
@@ -95,18 +82,14 @@ def emit(
     Args:
         out_rows: row of the output of every query, int64.
         columns: columns of the output ``[1, LANES]``; mask ``[ROWS, LANES]``.
-        at: index of every query into ``positions``; exists: which queries there are.
+        grid: ``(recip, zq, bits)`` of every query for QUANTIZE, float32 that broadcast against ``[ROWS, LANES]``.
+        exists: which queries there are.
         sums: int32 row sums to be added to, or None.
     """
     y = tl.math.div_rn(total, tl.broadcast_to(weight[:, None], total.shape)).to(DTYPE)
     target = out + out_rows[:, None] + columns
     if QUANTIZE:
-        position = tl.load(positions + at, mask=exists, other=0).to(tl.int64)
-        row = table + 4 * tl.minimum(tl.maximum(position, 0), length - 1)
-        recip = tl.load(row + 1, mask=exists, other=1.0)[:, None]
-        zq = tl.load(row + 2, mask=exists, other=0.0)[:, None]
-        bits = tl.load(row + 3, mask=exists, other=8.0)[:, None]
-        codes = to_codes(y.to(tl.float32), recip, zq, half_range(bits))
+        codes = to_codes(y.to(tl.float32), grid[0], grid[1], half_range(grid[2]))
         tl.store(target, codes.to(tl.int8), mask=mask)
         if sums is not None:
             tl.atomic_add(sums, tl.sum(tl.where(mask, codes, 0), 1), mask=exists, sem="relaxed")

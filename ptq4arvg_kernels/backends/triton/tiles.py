@@ -244,9 +244,10 @@ def plan(rows: int, out_features: int, in_features: int, bits: int, device: Devi
 
 
 def describe(device: torch.device) -> Device:
-    """The :class:`Device` behind a torch device. On CPU tensors, where launches are replaced, that of an A100."""
+    """The :class:`Device` behind a torch device. On CPU tensors, where launches are replaced, the one of
+    :func:`.support.assume` or an A100."""
     if device.type != "cuda":
-        return A100
+        return support.assumed() or A100
     return _describe_cuda(device.index if device.index is not None else torch.cuda.current_device())
 
 
