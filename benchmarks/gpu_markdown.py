@@ -67,8 +67,9 @@ def _aligned(launches: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
     found: dict[tuple[Any, ...], Row] = {}
     for row in launches:
         what = ("gemm", row["N"], row["K"]) if "N" in row else (row["kernel"].rstrip("0123456789"),)
-        turn = sum(key[: len(what)] == what for key in found)
-        found[(*what, turn)] = row
+        turn = sum(known[: len(what)] == what for known in found)
+        key = (*what, turn)
+        found[key] = row
     return found
 
 
