@@ -302,7 +302,7 @@ def test_a_dropped_load_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("visible = slot_of < last", "visible = slot_of < span"),
         ("visible = visible & (slot_of != slot)", "visible = visible & True"),
-        ("lanes < tl.where(exists, PADDED, 0)", "lanes < HEAD_DIM"),
+        ("lanes < tl.where(mine & exists, PADDED, 0)", "lanes < HEAD_DIM"),
     ],
     ids=["hidden slots", "the slot that is being written", "padding lanes"],
 )

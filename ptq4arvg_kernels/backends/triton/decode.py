@@ -79,7 +79,7 @@ def append_token(
     recip = tl.where(is_key, float_word(grids, at + RECIP), float_word(grids, at + VALUES + RECIP))
     zq = tl.where(is_key, float_word(grids, at + ZQ), float_word(grids, at + VALUES + ZQ))
     codes = tl.where(real, to_codes(tl.where(is_key, y, x), recip, zq, KV_HALF), 0)
-    write = mine & (lanes < tl.where(exists, PADDED, 0))
+    write = lanes < tl.where(mine & exists, PADDED, 0)
     place = slot.to(tl.int64) * PADDED + lanes
     tl.store(k_rows + place + 0 * which, codes.to(tl.int8), mask=write & is_key)
     tl.store(v_rows + place + 0 * which, codes.to(tl.int8), mask=write & (which == 2))
