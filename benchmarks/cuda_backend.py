@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
-from unittest import mock
 
 import torch
 
 from ptq4arvg_kernels import use_backend
-from ptq4arvg_kernels.backends.cuda import native, plans, support
+from ptq4arvg_kernels.backends import gpu
+from ptq4arvg_kernels.backends.cuda import native
 from ptq4arvg_kernels.backends.cuda.native import Launch
-from ptq4arvg_kernels.backends.triton.tiles import Device
+from ptq4arvg_kernels.backends.gpu import Device
 
 from . import cuda_minimum, cuda_traffic
 from .cuda_compiled import examine, nvcc_version
@@ -23,31 +22,6 @@ from .emulated_traffic import Traffic
 from .gpu_backends import GpuBackend, Product
 from .sass import HotLoop
 from .traffic_minimum import Minimum
-
-
-class _Assumed:
-    """An attribute that plans believe to have: what they know of the device that they were prepared for."""
-
-    def __init__(self, info: tuple[int, int, int]) -> None:
-        self.info = info
-
-    def __get__(self, plan: Any, _: type | None = None) -> tuple[int, int, int]:
-        return self.info
-
-    def __set__(self, plan: Any, info: tuple[int, int, int]) -> None:
-        plan.__dict__["_info"] = info
-
-
-@contextlib.contextmanager
-def assumed(device: Device) -> Iterator[None]:
-    """Let the host code choose tiles and splits for ``device`` although its tensors are on the CPU."""
-    info = _Assumed((device.capability, device.multiprocessors, device.shared_bytes))
-    with (
-        mock.patch.object(support, "describe", return_value=device),
-        mock.patch.object(plans.LayerPlan, "_info", info, create=True),
-        mock.patch.object(plans.BlockPlan, "_info", info, create=True),
-    ):
-        yield
 
 
 class CudaBackend(GpuBackend):
@@ -62,7 +36,7 @@ class CudaBackend(GpuBackend):
 
     @contextlib.contextmanager
     def launching(self, device: Device, launcher: Callable[[Launch], None]) -> Iterator[None]:
-        with assumed(device), native.replace(launcher), use_backend("cuda", strict=True), torch.no_grad():
+        with gpu.assume(device), native.replace(launcher), use_backend("cuda", strict=True), torch.no_grad():
             yield
 
     def kernel_name(self, started: Launch) -> str:

@@ -1,22 +1,23 @@
 """The kernels of csrc/cuda as machine code of an architecture, and what it consists of.
 
-A file is compiled once per architecture and content, with the flags of the build, and kept in build/cubin. No GPU takes
-part; nvcc does.
+A file is compiled with the flags of the build, kept in build/cubin, and compiled again when it or a header changed. No
+GPU takes part; nvcc does.
 """
 
 from __future__ import annotations
 
 import fcntl
 import functools
-import hashlib
 import re
 import subprocess
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptq4arvg.files import replacing
+from setuptools.errors import CompileError
+
+from build_support import cuda
+from build_support.jobs import Job, run_needed
 
 from . import sass
 from .cuda_tiles import GemmTile, gemm_tile
@@ -25,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "cubin"
 WORKERS = 2
-_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 _SECTION = re.compile(r"^\.text\.(\w+):", re.MULTILINE)
 
 
@@ -52,18 +52,10 @@ def nvcc() -> Path:
     """
     if not SOURCES.is_dir():
         raise RuntimeError(f"{SOURCES} is not there: run this from a checkout of the repository")
-    from build_support import cuda
-
     found = cuda.find_nvcc()
     if found is None:
         raise RuntimeError("no nvcc: CUDA kernels cannot be compiled (put it on the PATH, or set CUDA_HOME)")
     return found
-
-
-def flags() -> tuple[str, ...]:
-    from build_support import cuda
-
-    return cuda.FLAGS
 
 
 @functools.cache
@@ -74,42 +66,12 @@ def nvcc_version() -> str:
     return found[1] if found else said.splitlines()[-1]
 
 
-def included(source: Path) -> list[Path]:
-    """A file and the project's headers that it reads, directly or not."""
-    found: dict[Path, None] = {}
-    waiting = [source.resolve()]
-    while waiting:
-        path = waiting.pop()
-        if path in found or not path.exists():
-            continue
-        found[path] = None
-        waiting += [(path.parent / name).resolve() for name in _INCLUDE.findall(path.read_text())]
-    return sorted(found)
-
-
-def _target(source: Path, arch: int) -> Path:
-    """Where the machine code of this content is kept."""
-    state = hashlib.sha256(f"{nvcc_version()} {flags()}".encode())
-    for path in included(source):
-        state.update(path.name.encode() + b"\0" + path.read_bytes())
-    return CACHE / f"{source.stem}.sm{arch}.{state.hexdigest()[:16]}.cubin"
-
-
-def _compile(source: Path, arch: int, target: Path) -> None:
-    """Make a target, unless another process does meanwhile."""
-    name = f"{source.stem}.sm{arch}"
-    with (CACHE / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists():
-            return
-        with replacing(target) as temporary:
-            command = [str(nvcc()), "-cubin", f"-arch=sm_{arch}", *flags(), "-o", str(temporary), str(source)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"nvcc does not compile {source.name} for sm_{arch}:\n{done.stderr}")
-        for old in CACHE.glob(f"{name}.*.cubin"):
-            if old != target:
-                old.unlink(missing_ok=True)
+def job(source: Path, arch: int) -> Job:
+    """How a file becomes machine code of an architecture; the compiler's release is part of the place."""
+    output = CACHE / nvcc_version() / f"{source.stem}.sm{arch}.cubin"
+    depfile = output.with_suffix(".d")
+    made = ("-MD", "-MF", str(depfile), "-o", str(output))
+    return Job((str(nvcc()), "-cubin", f"-arch=sm_{arch}", *cuda.FLAGS, *made, str(source)), (source,), output, depfile)
 
 
 def compiled(archs: Sequence[int], files: Sequence[str] = ()) -> dict[tuple[int, str], Path]:
@@ -119,12 +81,15 @@ def compiled(archs: Sequence[int], files: Sequence[str] = ()) -> dict[tuple[int,
         RuntimeError: nvcc is missing or fails.
     """
     sources = [path for path in sorted(SOURCES.glob("*.cu")) if not files or path.stem in files]
-    targets = {(arch, path.stem): (path, arch, _target(path, arch)) for arch in archs for path in sources}
+    jobs = {(arch, path.stem): job(path, arch) for arch in archs for path in sources}
     CACHE.mkdir(parents=True, exist_ok=True)
-    missing = [job for job in targets.values() if not job[2].exists()]
-    with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(lambda job: _compile(*job), missing))
-    return {key: target for key, (_, _, target) in targets.items()}
+    with (CACHE / "lock").open("w") as lock:  # others that want the same wait and find it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            run_needed(list(jobs.values()), WORKERS)
+        except CompileError as error:
+            raise RuntimeError(str(error)) from error
+    return {key: made.output for key, made in jobs.items()}
 
 
 def files_of(kernels: Sequence[str]) -> list[str]:

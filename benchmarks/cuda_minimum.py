@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ptq4arvg_kernels.backends.cuda.native import Launch
-from ptq4arvg_kernels.backends.cuda.weights import padded
+from ptq4arvg_kernels.backends.gpu_weights import padded
 
 from .cuda_params import (
     DTYPE_BYTES,

@@ -23,7 +23,7 @@ from typing import Any
 
 from ptq4arvg_kernels.backends.cuda import native
 from ptq4arvg_kernels.backends.cuda.linear import OUTPUTS
-from ptq4arvg_kernels.backends.triton.tiles import SHARED_BYTES
+from ptq4arvg_kernels.backends.gpu import SHARED_BYTES
 
 from .gpu_devices import ARCHITECTURES
 

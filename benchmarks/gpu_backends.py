@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ptq4arvg_kernels.backends.triton.tiles import Device
+from ptq4arvg_kernels.backends.gpu import Device
 
 from .emulated_traffic import Traffic
 from .sass import HotLoop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ptq4arvg_kernels.backends.triton.tiles import SHARED_BYTES, Device
+from ptq4arvg_kernels.backends.gpu import SHARED_BYTES, Device
 
 
 @dataclass(frozen=True)

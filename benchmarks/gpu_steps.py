@@ -13,7 +13,7 @@ import torch
 
 from ptq4arvg.blocks import QuantBlock, QuantHead, prepare
 from ptq4arvg.nn import Condition, Window
-from ptq4arvg_kernels.backends.triton.tiles import Device
+from ptq4arvg_kernels.backends.gpu import Device
 
 from .gpu_backends import gpu_backend
 from .gpu_devices import ARCHITECTURES

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import ptq4arvg_kernels as kernels
-from ptq4arvg_kernels.backends.triton.tiles import Device
+from ptq4arvg_kernels.backends.gpu import Device
 from ptq4arvg_kernels.packing import column_sums, pack
 from ptq4arvg_kernels.tables import make_table
 

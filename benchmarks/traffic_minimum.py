@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ptq4arvg_kernels.backends.gpu_weights import padded
 from ptq4arvg_kernels.backends.triton.launch import Launch
-from ptq4arvg_kernels.backends.triton.weights import K_TILE, padded
+from ptq4arvg_kernels.backends.triton.weights import K_TILE
 
 from .triton_launches import is_gemm
 

@@ -6,8 +6,8 @@ import contextlib
 import math
 from collections.abc import Callable
 
+from ptq4arvg_kernels.backends.gpu import Device
 from ptq4arvg_kernels.backends.triton.launch import Launch
-from ptq4arvg_kernels.backends.triton.tiles import Device
 
 from . import emulated_traffic, traffic_minimum, triton_launches
 from .emulated_traffic import Traffic

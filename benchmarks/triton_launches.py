@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ptq4arvg_kernels import use_backend
-from ptq4arvg_kernels.backends.triton import launch, support
+from ptq4arvg_kernels.backends import gpu
+from ptq4arvg_kernels.backends.gpu import Device
+from ptq4arvg_kernels.backends.triton import launch
 from ptq4arvg_kernels.backends.triton.launch import Launch, Launcher
-from ptq4arvg_kernels.backends.triton.tiles import Device
 
 GEMM = "gemm"
 
@@ -20,7 +21,7 @@ GEMM = "gemm"
 @contextlib.contextmanager
 def launching(device: Device, launcher: Launcher) -> Iterator[None]:
     """Run what is inside on the Triton backend, as on ``device``, with ``launcher`` in place of the GPU."""
-    with support.assume(device), launch.replace(launcher), use_backend("triton", strict=True), torch.no_grad():
+    with gpu.assume(device), launch.replace(launcher), use_backend("triton", strict=True), torch.no_grad():
         yield
 
 

@@ -22,6 +22,7 @@ from benchmarks.gpu_backends import GpuBackend, gpu_backend
 from benchmarks.gpu_devices import ARCHITECTURES, gpu
 from benchmarks.gpu_steps import Step
 from benchmarks.linear_launches import Linear, all_shapes
+from build_support.jobs import dependencies
 from ptq4arvg.models import rar
 from ptq4arvg_kernels.backends.cuda import native
 from ptq4arvg_kernels.backends.cuda.native import Launch
@@ -162,10 +163,13 @@ def test_floors_by_hand() -> None:
 
 def test_kernels_are_found_in_their_files() -> None:
     for path in cuda_compiled.SOURCES.glob("*.cu"):
-        assert path.resolve() in cuda_compiled.included(path)
+        assert path in cuda_compiled.job(path, 80).inputs
     files = cuda_compiled.files_of(native.module().kernels())
     assert sorted(files) == sorted(path.stem for path in cuda_compiled.SOURCES.glob("*.cu"))
-    assert any(path.name == "types.h" for path in cuda_compiled.included(cuda_compiled.SOURCES / "rows.cu"))
+    cuda_compiled.compiled([80], ["rows"])
+    depfile = cuda_compiled.job(cuda_compiled.SOURCES / "rows.cu", 80).depfile
+    assert depfile is not None
+    assert any(path.name == "types.h" for path in dependencies(depfile.read_text()))
 
 
 def test_the_table_is_written_beside_other_backends(tmp_path: Path) -> None:

@@ -31,54 +31,24 @@ inline AttentionParams attention_params(const HeadOperands& h, const SlotGroups&
                                         bool append, const AttentionOutput& output, float* workspace,
                                         unsigned int* counters) {
     AttentionParams p{};
+    fill_caches(p, h, k, v, positions, dtype);
+    if (append) fill_vectors(p, h);
     p.q = q;
-    p.k_cache = k.data;
-    p.v_cache = v.data;
     p.out = output.data;
     p.sums = output.sums;
     p.visible_end = visible_end;
-    p.positions = positions.data;
-    p.k_table = h.tables.k;
-    p.v_table = h.tables.v;
-    p.kv_group = h.tables.group;
     p.out_table = output.table.rows;
     p.workspace = workspace;
     p.counters = counters;
-    p.k = {k.batch_stride, k.head_stride};
-    p.v = {v.batch_stride, v.head_stride};
-    p.slots = smaller(h.slots, k.slots);
     p.out_length = output.table.length;
     p.pairs = batch * h.heads;
     p.span = static_cast<int>(span);
     p.edge = slot_groups.edge;
-    p.groups = static_cast<int>(h.groups);
-    p.heads = static_cast<uint32_t>(h.heads);
-    p.period = static_cast<uint32_t>(positions.count);
-    p.head_dim = static_cast<int>(h.head_dim);
-    p.lanes = static_cast<int>(k.lanes);
     constexpr double LOG2_E = 1.4426950408889634;
     p.scale_high = static_cast<float>(softmax_scale * LOG2_E);
     p.scale_low = static_cast<float>(softmax_scale * LOG2_E - p.scale_high);
     p.grouping = slot_groups.grouping;
     p.append = append;
-    p.wide = positions.wide;
-    p.dtype = dtype;
-    if (append) {
-        p.q_weight = h.q_weight.data;
-        p.q_bias = h.q_bias.data;
-        p.k_weight = h.k_weight.data;
-        p.k_bias = h.k_bias.data;
-        p.q_scale = h.q_scale.data;
-        p.rope = h.rope.data;
-        p.kind = h.kind;
-        p.eps = h.eps;
-        p.q_weight_dtype = h.q_weight.dtype;
-        p.q_bias_dtype = h.q_bias.dtype;
-        p.k_weight_dtype = h.k_weight.dtype;
-        p.k_bias_dtype = h.k_bias.dtype;
-        p.q_scale_dtype = h.q_scale.dtype;
-        p.rope_dtype = h.rope.dtype;
-    }
     return p;
 }
 

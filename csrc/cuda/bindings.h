@@ -12,6 +12,10 @@ namespace ptq::cuda {
 // The operands that depend on the kind: rope is [T, d / 2, 2]. Of `h` everything else is filled in.
 void finish_heads(HeadOperands& h, const std::optional<View>& rope);
 
+// Kind and vectors of an operator's call; of `h` heads, head_dim and slots are filled in.
+void set_vectors(HeadOperands& h, int kind, float eps, const Optional& q_weight, const Optional& q_bias,
+                 const Optional& k_weight, const Optional& k_bias, const Optional& q_scale, const Optional& rope);
+
 // A table that kernels read at a clamped index has something to read.
 Table filled_table(const char* name, const Tensor& tensor);
 

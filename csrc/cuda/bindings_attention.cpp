@@ -47,17 +47,7 @@ void attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, co
         in.shape({-1, -1});
         batch = in.size(0), period = 1, h.head_dim = in.size(1) / (3 * heads);
         in.shape({batch, 3 * heads * h.head_dim});
-        h.kind = static_cast<QkKind>(in_range("qk_kind", *kind, 0, 3));
-        h.eps = eps;
-        const auto vector = [](const char* name, const Optional& given, int64_t size) {
-            return given ? vector_of(View(name, *given), size) : Vector{};
-        };
-        h.q_weight = vector("q_weight", q_weight, h.head_dim);
-        h.q_bias = vector("q_bias", q_bias, h.head_dim);
-        h.k_weight = vector("k_weight", k_weight, h.head_dim);
-        h.k_bias = vector("k_bias", k_bias, h.head_dim);
-        h.q_scale = vector("q_scale", q_scale, heads);
-        finish_heads(h, rope ? std::optional<View>(View("rope", *rope)) : std::nullopt);
+        set_vectors(h, *kind, eps, q_weight, q_bias, k_weight, k_bias, q_scale, rope);
     } else {
         in.shape({-1, heads, -1, -1});
         batch = in.size(0), period = in.size(2), h.head_dim = in.size(3);

@@ -55,18 +55,8 @@ void qkv_append(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache,
     h.heads = in_range("num_heads", heads, 1, 1 << 20);
     h.head_dim = in.size(1) / (3 * heads);
     if (h.head_dim < 1) in.fail("is too narrow for the heads");
-    h.kind = static_cast<QkKind>(in_range("qk_kind", kind, 0, 3));
-    h.eps = eps;
-    const auto vector = [](const char* name, const Optional& given, int64_t size) {
-        return given ? vector_of(View(name, *given), size) : Vector{};
-    };
-    h.q_weight = vector("q_weight", q_weight, h.head_dim);
-    h.q_bias = vector("q_bias", q_bias, h.head_dim);
-    h.k_weight = vector("k_weight", k_weight, h.head_dim);
-    h.k_bias = vector("k_bias", k_bias, h.head_dim);
-    h.q_scale = vector("q_scale", q_scale, h.heads);
     h.tables = cache_tables(k_table, v_table, kv_group, heads, &h.groups, &h.slots);
-    finish_heads(h, rope ? std::optional<View>(View("rope", *rope)) : std::nullopt);
+    set_vectors(h, kind, eps, q_weight, q_bias, k_weight, k_bias, q_scale, rope);
 
     const Positions at = positions_of(View("positions", positions), in.size(0));
     const int64_t batch = View("k_cache", k_cache).size(0);
@@ -114,6 +104,21 @@ Modulation modulation_of(const Optional& scale, const Optional& shift, const Opt
     if (m.shift.dtype != m.scale.dtype) throw std::invalid_argument("mod_shift has another dtype than mod_scale");
     m.map = map_of("mod_rows", index, rows, m.count);
     return m;
+}
+
+void set_vectors(HeadOperands& h, int kind, float eps, const Optional& q_weight, const Optional& q_bias,
+                 const Optional& k_weight, const Optional& k_bias, const Optional& q_scale, const Optional& rope) {
+    h.kind = static_cast<QkKind>(in_range("qk_kind", kind, 0, 3));
+    h.eps = eps;
+    const auto vector = [](const char* name, const Optional& given, int64_t size) {
+        return given ? vector_of(View(name, *given), size) : Vector{};
+    };
+    h.q_weight = vector("q_weight", q_weight, h.head_dim);
+    h.q_bias = vector("q_bias", q_bias, h.head_dim);
+    h.k_weight = vector("k_weight", k_weight, h.head_dim);
+    h.k_bias = vector("k_bias", k_bias, h.head_dim);
+    h.q_scale = vector("q_scale", q_scale, h.heads);
+    finish_heads(h, rope ? std::optional<View>(View("rope", *rope)) : std::nullopt);
 }
 
 void finish_heads(HeadOperands& h, const std::optional<View>& rope) {

@@ -55,42 +55,54 @@ struct HeadOperands {
     CacheTables tables;
 };
 
-inline AppendParams append_params(const HeadOperands& h, const Rows& qkv, void* q, const Cache& k, const Cache& v,
-                                  const Positions& positions, int64_t batch) {
-    AppendParams p{};
-    p.qkv = qkv.data;
-    p.q = q;
+// What kernels on heads have in common: caches, tables, positions and sizes. P: AppendParams or AttentionParams.
+template <class P>
+void fill_caches(P& p, const HeadOperands& h, const Cache& k, const Cache& v, const Positions& positions, DType dtype) {
     p.k_cache = k.data;
     p.v_cache = v.data;
     p.positions = positions.data;
     p.k_table = h.tables.k;
     p.v_table = h.tables.v;
     p.kv_group = h.tables.group;
+    p.k = {k.batch_stride, k.head_stride};
+    p.v = {v.batch_stride, v.head_stride};
+    p.slots = smaller(h.slots, k.slots);
+    p.groups = static_cast<int>(h.groups);
+    p.heads = static_cast<uint32_t>(h.heads);
+    p.period = static_cast<uint32_t>(positions.count);
+    p.head_dim = static_cast<int>(h.head_dim);
+    p.lanes = static_cast<int>(k.lanes);
+    p.wide = positions.wide;
+    p.dtype = dtype;
+}
+
+// What is done to q and k of new tokens.
+template <class P>
+void fill_vectors(P& p, const HeadOperands& h) {
     p.q_weight = h.q_weight.data;
     p.q_bias = h.q_bias.data;
     p.k_weight = h.k_weight.data;
     p.k_bias = h.k_bias.data;
     p.q_scale = h.q_scale.data;
     p.rope = h.rope.data;
-    p.k = {k.batch_stride, k.head_stride};
-    p.v = {v.batch_stride, v.head_stride};
-    p.slots = smaller(h.slots, k.slots);
-    p.items = batch * positions.count * h.heads;
-    p.groups = static_cast<int>(h.groups);
-    p.heads = static_cast<uint32_t>(h.heads);
-    p.period = static_cast<uint32_t>(positions.count);
-    p.head_dim = static_cast<int>(h.head_dim);
-    p.lanes = static_cast<int>(k.lanes);
     p.kind = h.kind;
     p.eps = h.eps;
-    p.wide = positions.wide;
-    p.dtype = qkv.dtype;
     p.q_weight_dtype = h.q_weight.dtype;
     p.q_bias_dtype = h.q_bias.dtype;
     p.k_weight_dtype = h.k_weight.dtype;
     p.k_bias_dtype = h.k_bias.dtype;
     p.q_scale_dtype = h.q_scale.dtype;
     p.rope_dtype = h.rope.dtype;
+}
+
+inline AppendParams append_params(const HeadOperands& h, const Rows& qkv, void* q, const Cache& k, const Cache& v,
+                                  const Positions& positions, int64_t batch) {
+    AppendParams p{};
+    fill_caches(p, h, k, v, positions, qkv.dtype);
+    fill_vectors(p, h);
+    p.qkv = qkv.data;
+    p.q = q;
+    p.items = batch * positions.count * h.heads;
     return p;
 }
 

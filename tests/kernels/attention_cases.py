@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import ptq4arvg_kernels as kernels
+from ptq4arvg_kernels.backends.heads import Grouping, Heads
 from tests.kernels.kernel_cases import CacheCase, cache_case, generator, random_table
 
 
@@ -28,6 +29,12 @@ class Step:
     @property
     def scale(self) -> float:
         return float(self.case.head_dim**-0.5)
+
+    def layer(self) -> Heads:
+        case, options = self.case, dict(self.case.options)
+        grouping = Grouping.of_data(case.kv_group, case.k_table)
+        sizes = (case.heads, case.head_dim, *case.tables(), self.scale, grouping, case.qk_kind)
+        return Heads(*sizes, eps=options.pop("eps", 0.0), **options)
 
     def caches(self) -> tuple[Tensor, Tensor]:
         return self.k_cache.clone(), self.v_cache.clone()
@@ -66,6 +73,17 @@ def step(
     qkv = torch.randn(batch * period, 3 * heads * head_dim, generator=gen).to(dtype)
     table = random_table(slots, [8, 6], 5, step=0.02)
     return Step(case, qkv, k_cache, v_cache, positions, (positions + 1).to(torch.int32), table)
+
+
+def same_step(given: Step, got: tuple[Tensor, ...]) -> None:
+    """Codes, their sums and the caches of a fused step are the reference's."""
+    _, want, k_cache, v_cache = given.reference()
+    codes, sums, k_written, v_written = got
+    wrong = (codes.int() - want.int()).abs()
+    assert (wrong != 0).sum() <= 1e-4 * wrong.numel()
+    assert torch.equal(sums, codes.sum(1, dtype=torch.int32))
+    assert torch.equal(k_written, k_cache)
+    assert torch.equal(v_written, v_cache)
 
 
 def restored(cache: Tensor, table: Tensor, case: CacheCase) -> np.ndarray:

@@ -14,10 +14,11 @@ from torch import Tensor
 import ptq4arvg_kernels as kernels
 from ptq4arvg_kernels.backends import scratch
 from ptq4arvg_kernels.backends.cuda import attention, native
-from ptq4arvg_kernels.backends.cuda.attention import Grouping, Heads, Schedule
+from ptq4arvg_kernels.backends.cuda.attention import Schedule
+from ptq4arvg_kernels.backends.heads import Grouping
 from ptq4arvg_kernels.tables import make_kv_table
 from tests.kernels import cuda_cases
-from tests.kernels.attention_cases import Step, attention64, step
+from tests.kernels.attention_cases import Step, attention64, same_step, step
 from tests.kernels.cuda_cases import device, planted
 from tests.kernels.kernel_cases import assert_as_good_as, generator
 from tests.kernels.ptx_cases import barriers, distinct_bytes, sector_efficiency, without_barrier
@@ -33,13 +34,6 @@ A100 = (80, 108, 163 * 1024)
 RTX3090 = (86, 82, 99 * 1024)
 
 
-def layer_of(given: Step) -> Heads:
-    case, options = given.case, dict(given.case.options)
-    grouping = Grouping.of_data(case.kv_group, case.k_table)
-    eps = options.pop("eps", 0.0)
-    return Heads(case.heads, *case.tables(), given.scale, grouping, case.qk_kind, eps=eps, **options)
-
-
 def planned(monkeypatch: pytest.MonkeyPatch, warps: int, splits: int) -> None:
     """Every launch has so many warps per block, and blocks per tile of queries."""
     monkeypatch.setattr(attention, "schedule", lambda *shape: Schedule("", 0, warps, splits))
@@ -48,20 +42,10 @@ def planned(monkeypatch: pytest.MonkeyPatch, warps: int, splits: int) -> None:
 def fused(given: Step, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes, their sums, and the caches afterwards."""
     caches, sums = given.caches(), torch.zeros(len(given.qkv), dtype=torch.int32)
-    operands = (given.visible_end, given.case.slots, layer_of(given), given.positions, given.out_table, sums)
+    operands = (given.visible_end, given.case.slots, given.layer(), given.positions, given.out_table, sums)
     with device(**options):
         codes = attention.append_attend_quantize(given.qkv, *caches, *operands)
     return codes, sums, *caches
-
-
-def same_step(given: Step, got: tuple[Tensor, ...]) -> None:
-    _, want, k_cache, v_cache = given.reference()
-    codes, sums, k_written, v_written = got
-    wrong = (codes.int() - want.int()).abs()
-    assert (wrong != 0).sum() <= 1e-4 * wrong.numel()
-    assert torch.equal(sums, codes.sum(1, dtype=torch.int32))
-    assert torch.equal(k_written, k_cache)
-    assert torch.equal(v_written, v_cache)
 
 
 def floats(given: Step, ends: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -129,7 +113,7 @@ def test_sizes_that_are_not_possible(sizes: tuple[int, int, int, int], words: st
 def test_caches_at_odd_addresses_are_refused() -> None:
     given = step(64, 20)
     k_cache = torch.zeros(given.k_cache.numel() + 8, dtype=torch.int8)[8:].view(given.k_cache.shape)
-    operands = (given.visible_end, 20, layer_of(given), given.positions, given.out_table)
+    operands = (given.visible_end, 20, given.layer(), given.positions, given.out_table)
     with device(), pytest.raises(ValueError, match="multiple of 16"):
         attention.append_attend_quantize(given.qkv, k_cache, given.v_cache.clone(), *operands)
 
@@ -233,7 +217,7 @@ def test_a_cache_that_is_a_slice() -> None:
     whole = [torch.full((4, 5, 20, 64), 99, dtype=torch.int8) for _ in range(2)]
     for part, cache in zip(whole, given.caches(), strict=True):
         part[1:3, 2:4] = cache
-    operands = (given.visible_end, 20, layer_of(given), given.positions, given.out_table)
+    operands = (given.visible_end, 20, given.layer(), given.positions, given.out_table)
     with device():
         codes = attention.append_attend_quantize(given.qkv, *(part[1:3, 2:4] for part in whole), *operands)
     assert torch.equal(codes, want)
@@ -247,7 +231,7 @@ def test_a_position_without_a_slot_appends_nothing() -> None:
     given = step(48, 20)
     for position in (-1, 20, 2**33):
         caches = given.caches()
-        operands = (given.visible_end, 20, layer_of(given), torch.tensor([position]), given.out_table)
+        operands = (given.visible_end, 20, given.layer(), torch.tensor([position]), given.out_table)
         with device():
             attention.append_attend_quantize(given.qkv, *caches, *operands)
         assert torch.equal(caches[0], given.k_cache)
@@ -332,7 +316,7 @@ def test_block_to_codes(monkeypatch: pytest.MonkeyPatch, splits: int, dtype: tor
     given = step(48, 140, "rope", dtype, period=19, groups=3)
     q, want, *caches = given.reference()
     sums = torch.zeros(len(want), dtype=torch.int32)
-    operands = (given.visible_end, given.case.slots, layer_of(given), given.positions, given.out_table, sums)
+    operands = (given.visible_end, given.case.slots, given.layer(), given.positions, given.out_table, sums)
     with device():
         codes = attention.attend_quantize(q, *caches, *operands)
     assert (codes != want).sum() <= 1e-4 * want.numel()
@@ -376,7 +360,7 @@ def test_operands_are_read_once(kind: str, head_dim: int, span: int, monkeypatch
     given = step(head_dim, span, kind, batch=1, heads=heads)
     how = attention.schedule(200 * 16, 1, span, lanes, A100)
     planned(monkeypatch, how.warps, how.splits)
-    operands = (given.visible_end, span, layer_of(given), given.positions, given.out_table)
+    operands = (given.visible_end, span, given.layer(), given.positions, given.out_table)
     with device() as emulated:
         attention.append_attend_quantize(given.qkv, *given.caches(), *operands)
     (record,) = emulated.records
@@ -404,7 +388,7 @@ def test_shared_memory_without_bank_conflicts(head_dim: int) -> None:
             *given.caches(),
             given.visible_end,
             64,
-            layer_of(given),
+            given.layer(),
             given.qkv.new_empty(1, head_dim),
         )
     metrics = emulated.records[0].result.metrics()
@@ -418,7 +402,7 @@ def test_instructions_per_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     for span in (256, 512):
         given = step(64, span, "none", batch=1, heads=1)
         planned(monkeypatch, 2, 1)
-        operands = (given.visible_end, span, layer_of(given), given.positions, given.out_table)
+        operands = (given.visible_end, span, given.layer(), given.positions, given.out_table)
         with device() as emulated:
             attention.append_attend_quantize(given.qkv, *given.caches(), *operands)
         counts.append(emulated.records[0].result.thread_insts)

@@ -20,17 +20,15 @@ import ptq4arvg_kernels as kernels
 from ptq4arvg_kernels.backends import scratch
 from ptq4arvg_kernels.backends.cuda import linear, native
 from ptq4arvg_kernels.backends.views import NORMS
+from tests.kernels import cuda_cases
 from tests.kernels.cuda_cases import device
-from tests.kernels.kernel_cases import LinearCase, generator, linear_case, random_table
+from tests.kernels.kernel_cases import generator, linear_case, random_table
+from tests.kernels.linear_cases import DTYPES, ROWS, WIDTH_NAMES, WIDTHS, assert_same, epilogues, integers
 from tests.ptxsim.cuda_sources import only, source_ptx
-from tests.ptxsim.nvcc import find_nvcc
 
-pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc on the path")
+pytestmark = pytest.mark.skipif(not cuda_cases.available(), reason=cuda_cases.NO_NVCC)
 
-WIDTHS = [(8, [8]), (6, [8]), (6, [6]), (6, [8, 6])]
-WIDTH_NAMES = ["W8A8", "W6A8", "W6A6", "W6A6-sinks"]
-ROWS = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+FLOAT_EPS = 2.0**-20
 TILES = ["16x64", "16x32", "32x64", "32x32", "64x128", "64x64", "104x128", "128x128"]
 NORM_TILES = ["16x64", "16x32"]
 A100 = (80, 108, 166912)
@@ -62,53 +60,12 @@ def planned(monkeypatch: pytest.MonkeyPatch, tile: str, splits: int = 1) -> None
     monkeypatch.setattr(linear, "plan", plan)
 
 
-def integers(case: LinearCase) -> np.ndarray:
-    return kernels.linear(*case.operands, "none", torch.float32).numpy()
-
-
-def epilogues(case: LinearCase, dtype: torch.dtype, gating: str = "rows") -> dict[str, Callable[[], Any]]:
-    """Every operator on one layer: its name and a call."""
-    rows, width = case.codes.shape[0], case.weight.shape[0]
-    gen = generator(3)
-    residual = torch.randn(rows, width, generator=gen).to(dtype)
-    gate = index = None
-    if gating != "none":
-        # A chunk of one modulation: rows lie 3 * width apart.
-        gate = torch.randn(rows if gating == "rows" else 3, 3 * width, generator=gen).to(dtype)[:, width : 2 * width]
-        index = None if gating == "rows" else torch.randint(0, 3, (rows,), generator=gen, dtype=torch.int32)
-    out_table = random_table(len(case.table), [8, 6], seed=5, step=0.05)
-    calls: dict[str, Callable[[], Any]] = {
-        f"linear {activation}": lambda activation=activation: kernels.linear(*case.operands, activation, dtype)
-        for activation in ("none", "silu", "gelu_erf", "gelu_tanh")
-    }
-    calls["linear_quant"] = lambda: kernels.linear_quant(*case.operands, "gelu_erf", out_table)
-    calls["linear_gate_residual"] = lambda: kernels.linear_gate_residual(*case.operands, gate, index, residual)
-    if width % 2 == 0:
-        calls["linear_swiglu_quant"] = lambda: kernels.linear_swiglu_quant(*case.operands, out_table)
-    return calls
-
-
-def assert_same(name: str, got: Any, want: Any) -> None:
-    """Bit for bit without an activation; codes within the law, row sums those of the codes; else a few ulp of float32,
-    which is at most one of a shorter type."""
-    if isinstance(got, tuple):
-        wrong = (got[0].int() - want[0].int()).abs()
-        assert (wrong != 0).sum() <= 1e-4 * wrong.numel(), name
-        assert wrong.max() <= 1, name
-        assert torch.equal(got[1], got[0].sum(1, dtype=torch.int32)), name
-    elif name in ("linear none", "linear_gate_residual"):
-        assert torch.equal(got, want), name
-    else:
-        eps = max(2.0**-20, torch.finfo(want.dtype).eps)
-        torch.testing.assert_close(got.double(), want.double(), rtol=eps, atol=2.0**-21, msg=name)
-
-
 def compare(calls: dict[str, Callable[[], Any]], **options: Any) -> None:
     for name, call in calls.items():
         with on("cuda", **options):
             got = call()
         with on("reference"):
-            assert_same(name, got, call())
+            assert_same(name, got, call(), FLOAT_EPS)
 
 
 # --- integers ---------------------------------------------------------------------------------------------------------
@@ -190,7 +147,7 @@ def test_every_kernel(monkeypatch: pytest.MonkeyPatch, tile: str, w_bits: int, a
             got = call()
         assert {tile in record.name for record in emulated.records} == {True}
         with on("reference"):
-            assert_same(f"{name}", got, call())
+            assert_same(f"{name}", got, call(), FLOAT_EPS)
 
 
 @pytest.mark.slow
@@ -234,8 +191,8 @@ def test_every_output_of_a_split(monkeypatch: pytest.MonkeyPatch, tile: str) -> 
             again = calls[name]()
         with on("reference"):
             want = calls[name]()
-        assert_same(name, got, want)
-        assert_same(name, again, want)
+        assert_same(name, got, want, FLOAT_EPS)
+        assert_same(name, again, want, FLOAT_EPS)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

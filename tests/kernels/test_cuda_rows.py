@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,15 @@ from torch import Tensor
 
 import ptq4arvg_kernels as kernels
 from ptq4arvg_kernels.tables import make_table
-from tests.kernels.cuda_cases import FLAGS, SOURCES, device
+from tests.kernels.cuda_cases import device, planted
 from tests.kernels.kernel_cases import CacheCase, assert_as_good_as, cache_case, exact_heads, generator, random_table
 from tests.kernels.ptx_cases import barriers, distinct_bytes, sector_efficiency, without_barrier
+from tests.kernels.row_cases import MODEL_WIDTHS, adaln_case, adaln_reference, same_codes
 from tests.ptxsim import HazardError, MemFault
-from tests.ptxsim.nvcc import compile_ptx
 
-WIDTHS = [768, 1024, 1280, 1408, 1536, 1920, 3200]
 HEAD_DIMS = [48, 64, 80, 88, 96, 100, 128]
 KINDS = ["none", "layer_norm", "l2", "rope"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-
-
-def _case(width: int, dtype: torch.dtype, seed: int = 0, count: int = 4) -> tuple[Any, ...]:
-    """Arguments of adaln_quant as the models call it: chunks of one modulation, a row map, two positions."""
-    gen = generator(seed)
-    x = (3 * torch.randn(count, width, generator=gen) + 1).to(dtype)
-    scale, _, shift = torch.randn(3, 3 * width, generator=gen).to(dtype).chunk(3, dim=1)
-    index = torch.tensor([2, 0, 1, 2], dtype=torch.int32)[:count]
-    table = random_table(9, [8, 6], seed, step=0.05)
-    return x, "layer", 1e-6, None, None, scale, shift, index, 1.0, table, torch.tensor([6, 1])
 
 
 def _changed(args: tuple[Any, ...], **changes: Any) -> tuple[Any, ...]:
@@ -40,11 +28,6 @@ def _changed(args: tuple[Any, ...], **changes: Any) -> tuple[Any, ...]:
     names = ("x", "kind", "eps", "weight", "bias", "scale", "shift", "index", "offset", "table", "positions")
     assert changes.keys() <= set(names)
     return tuple(changes.get(name, value) for name, value in zip(names, args, strict=True))
-
-
-def _reference(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    with kernels.use_backend("reference", strict=True):
-        return kernels.adaln_quant(*args)
 
 
 def _run(args: tuple[Any, ...], **options: Any) -> tuple[Tensor, Tensor]:
@@ -57,23 +40,15 @@ def _quantize(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         return kernels.quantize(*args)
 
 
-def _same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
-    """Codes differ in at most 1e-4 of the places, by one; row sums are those of the codes."""
-    wrong = got[0].int() - want[0].int()
-    assert (wrong != 0).sum() <= 1e-4 * wrong.numel()
-    assert wrong.abs().max() <= 1
-    assert torch.equal(got[1], got[0].sum(1, dtype=torch.int32))
-
-
 # --- adaln_quant ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
-@pytest.mark.parametrize("width", [*WIDTHS, 1, 100, 127, 128, 513, 2049, 4097, 8704])
+@pytest.mark.parametrize("width", [*MODEL_WIDTHS, 1, 100, 127, 128, 513, 2049, 4097, 8704])
 def test_widths(width: int, kind: str) -> None:
     for dtype in DTYPES if width in (1024, 513) else [DTYPES[(width + len(kind)) % 3]]:
-        args = _changed(_case(width, dtype), kind=kind)
-        _same(_run(args), _reference(args))
+        args = _changed(adaln_case(width, dtype), kind=kind)
+        same_codes(_run(args), adaln_reference(args))
 
 
 @pytest.mark.parametrize("affine", ["weight", "bias", "both"])
@@ -82,14 +57,14 @@ def test_widths(width: int, kind: str) -> None:
 def test_what_is_applied(affine: str, modulated: bool, offset: float) -> None:
     """Every operand has a dtype of its own."""
     gen = generator(1)
-    args = _changed(_case(331, torch.float16), offset=offset)
+    args = _changed(adaln_case(331, torch.float16), offset=offset)
     if affine != "bias":
         args = _changed(args, weight=torch.randn(331, generator=gen).bfloat16())
     if affine != "weight":
         args = _changed(args, bias=torch.randn(331, generator=gen))
     if not modulated:
         args = _changed(args, scale=None, shift=None, index=None)
-    _same(_run(args), _reference(args))
+    same_codes(_run(args), adaln_reference(args))
 
 
 @pytest.mark.parametrize("shift", [0, 1, 4])
@@ -98,19 +73,21 @@ def test_addresses_that_vectors_cannot_be_read_from(shift: int) -> None:
     gen = generator(2)
     x = torch.randn(4 * 1024 + shift, generator=gen).half()[shift:].view(4, 1024)
     columns = torch.randn(3, 2048 + 2 * shift, generator=gen)
-    args = _changed(_case(1024, torch.float16), x=x, scale=columns[:, shift : 1024 + shift], shift=columns[:, -1024:])
-    _same(_run(args), _reference(args))
+    args = _changed(
+        adaln_case(1024, torch.float16), x=x, scale=columns[:, shift : 1024 + shift], shift=columns[:, -1024:]
+    )
+    same_codes(_run(args), adaln_reference(args))
 
 
 def test_modulation_by_row() -> None:
     """No row map: row i for row i."""
-    args = _case(768, torch.bfloat16, count=3)
+    args = adaln_case(768, torch.bfloat16, count=3)
     args = _changed(args, index=None, positions=torch.tensor([4, 0, 7], dtype=torch.int32))
-    _same(_run(args), _reference(args))
+    same_codes(_run(args), adaln_reference(args))
 
 
 def test_codes_do_not_depend_on_the_batch() -> None:
-    args = _case(1408, torch.float16)
+    args = adaln_case(1408, torch.float16)
     whole = _run(args)[0]
     for i in range(4):
         one = _changed(args, x=args[0][i : i + 1], index=args[7][i : i + 1], positions=args[10][i % 2 : i % 2 + 1])
@@ -119,22 +96,22 @@ def test_codes_do_not_depend_on_the_batch() -> None:
 
 def test_a_mean_far_from_zero() -> None:
     """A hundred standard deviations: mean(x^2) - mean(x)^2 would lose the variance's last four digits."""
-    args = _case(1920, torch.float32)
+    args = adaln_case(1920, torch.float32)
     args = _changed(args, x=args[0] + 300)
-    _same(_run(args), _reference(args))
+    same_codes(_run(args), adaln_reference(args))
 
 
 @pytest.mark.parametrize("schedule", ["warp_serial", "warp_reverse", "random"])
 def test_one_warp_at_a_time(schedule: str) -> None:
     for width in (1280, 8704):
-        args = _case(width, torch.float16)
-        _same(_run(args, schedule=schedule), _reference(args))
+        args = adaln_case(width, torch.float16)
+        same_codes(_run(args, schedule=schedule), adaln_reference(args))
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", MODEL_WIDTHS)
 def test_one_pass_over_memory(width: int) -> None:
     """x, scale, shift and the codes move once; what a row needs besides is less than 1 % of it."""
-    args = _case(width, torch.float16, count=2)
+    args = adaln_case(width, torch.float16, count=2)
     with device() as emulated, kernels.use_backend("cuda", strict=True):
         kernels.adaln_quant(*args)
     (record,) = emulated.records
@@ -161,7 +138,7 @@ def test_quantize(activation: str) -> None:
         args = (x, table, torch.tensor(positions, dtype=torch.int32 if rows == 3 else torch.int64), activation)
         with kernels.use_backend("reference", strict=True):
             want = kernels.quantize(*args)
-        _same(_quantize(*args), want)
+        same_codes(_quantize(*args), want)
 
 
 def test_extreme_codes_and_sums() -> None:
@@ -192,14 +169,14 @@ def test_nan_becomes_the_lowest_code() -> None:
     for width in (40, 331):
         codes, _ = _quantize(torch.full((1, width), float("nan")), table, torch.tensor([1]))
         assert codes.unique().tolist() == [-32]
-    args = _case(64, torch.float32)
+    args = adaln_case(64, torch.float32)
     args[0][1, 5] = float("nan")
     assert _run(args)[0][1].unique().tolist() == [-32]
 
 
 def test_wrong_indices_stay_inside() -> None:
     """The emulator stops at an access outside an operand; the results are those of the nearest index."""
-    args = _case(331, torch.float32)
+    args = adaln_case(331, torch.float32)
     for position, nearest in ((9, 8), (-1, 0), (2**40, 8), (-(2**63), 0)):
         wrong, right = (_changed(args, positions=torch.tensor([p])) for p in (position, nearest))
         assert torch.equal(_run(wrong)[0], _run(right)[0])
@@ -210,7 +187,7 @@ def test_wrong_indices_stay_inside() -> None:
 
 def test_an_empty_table_is_refused() -> None:
     """There is no row that an index could be clamped to."""
-    args = _case(40, torch.float32)
+    args = adaln_case(40, torch.float32)
     with pytest.raises(ValueError, match="table has no rows"):
         _quantize(args[0], torch.empty(0, 4), args[10])
     with pytest.raises(ValueError, match="mod_scale has no rows"):
@@ -218,10 +195,10 @@ def test_an_empty_table_is_refused() -> None:
 
 
 def test_rows_that_registers_cannot_hold_are_declined() -> None:
-    args = _case(12288, torch.float16, count=2)
-    _same(_run(args), _reference(args))
+    args = adaln_case(12288, torch.float16, count=2)
+    same_codes(_run(args), adaln_reference(args))
     with pytest.raises(kernels.BackendError, match="12288 columns"):
-        _run(_case(12289, torch.float16, count=2))
+        _run(adaln_case(12289, torch.float16, count=2))
 
 
 # --- qkv_append -------------------------------------------------------------------------------------------------------
@@ -306,17 +283,6 @@ def test_wrong_groups_stay_inside() -> None:
 # --- planted bugs -----------------------------------------------------------------------------------------------------
 
 
-def _edited(folder: Path, source: str, file: str, old: str, new: str) -> Callable[[str], str]:
-    """An editor of PTX: the kernels of ``source`` with a bug, ``old`` in ``file`` (it must be there) is ``new``."""
-    shutil.copytree(SOURCES, folder / "csrc")
-    where = folder / "csrc" / "cuda" / file
-    text = where.read_text()
-    assert old in text, old
-    where.write_text(text.replace(old, new))
-    ptx = compile_ptx(folder / "csrc" / "cuda" / source, 80, FLAGS)
-    return lambda _: ptx
-
-
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
@@ -325,9 +291,9 @@ def _edited(folder: Path, source: str, file: str, old: str, new: str) -> Callabl
     ],
 )
 def test_a_dropped_mask_is_found(tmp_path: Path, file: str, old: str, new: str) -> None:
-    args = _case(331, torch.float32)
+    args = adaln_case(331, torch.float32)
     with pytest.raises(MemFault, match="out-of-bounds"):
-        _run(args, transform=_edited(tmp_path, "rows.cu", file, old, new))
+        _run(args, transform=planted(tmp_path, "rows.cu", (file, old, new)))
 
 
 @pytest.mark.parametrize(
@@ -341,14 +307,14 @@ def test_a_dropped_mask_is_found(tmp_path: Path, file: str, old: str, new: str) 
     ],
 )
 def test_a_wrong_formula_is_found(tmp_path: Path, file: str, old: str, new: str) -> None:
-    args = _case(331, torch.float16)
+    args = adaln_case(331, torch.float16)
     with pytest.raises(AssertionError):
-        _same(_run(args, transform=_edited(tmp_path, "rows.cu", file, old, new)), _reference(args))
+        same_codes(_run(args, transform=planted(tmp_path, "rows.cu", (file, old, new))), adaln_reference(args))
 
 
 def test_a_zero_point_added_before_rounding_is_found(tmp_path: Path) -> None:
     old = "__fadd_rn(__fadd_rn(__fmul_rn(x, recip), SHIFT), zq)"
-    edit = _edited(tmp_path, "rows.cu", "numbers.cuh", old, "__fadd_rn(__fmul_rn(x, recip), SHIFT + zq)")
+    edit = planted(tmp_path, "rows.cu", ("numbers.cuh", old, "__fadd_rn(__fmul_rn(x, recip), SHIFT + zq)"))
     with pytest.raises(AssertionError):
         _check_ties(transform=edit)
 
@@ -365,7 +331,7 @@ def test_a_zero_point_added_before_rounding_is_found(tmp_path: Path) -> None:
 def test_a_wrong_append_is_found(tmp_path: Path, file: str, old: str, new: str) -> None:
     case = cache_case(1, 2, 88, 4, "rope")
     qkv = torch.randn(3, 3 * 2 * 88, generator=generator(8))
-    edit = _edited(tmp_path, "qkv_append.cu", file, old, new)
+    edit = planted(tmp_path, "qkv_append.cu", (file, old, new))
     got = _append(case, qkv, torch.tensor([1, 9, 2]), "cuda", transform=edit)
     want = _append(case, qkv[[0, 2]], torch.tensor([1, 2]), "reference")
     with pytest.raises(AssertionError):
@@ -374,7 +340,7 @@ def test_a_wrong_append_is_found(tmp_path: Path, file: str, old: str, new: str) 
 
 def test_a_deleted_barrier_is_found() -> None:
     """Every one of them."""
-    args = _case(1280, torch.float16)
+    args = adaln_case(1280, torch.float16)
     for which in range(2):
         with pytest.raises(HazardError, match="race"):
             _run(args, transform=_only("adaln_quant_1", without_barrier(which)))

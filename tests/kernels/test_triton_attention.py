@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 import ptq4arvg_kernels as kernels
-from tests.kernels.kernel_cases import CacheCase, cache_case, generator, random_table
 
 pytest.importorskip("triton")
 
-from ptq4arvg_kernels.backends.triton import attention, block_attention, decode, handover, scratch, softmax, support
-from ptq4arvg_kernels.backends.triton.attention import Grouping, Heads, Schedule
+from ptq4arvg_kernels.backends import gpu, scratch
+from ptq4arvg_kernels.backends.heads import Grouping
+from ptq4arvg_kernels.backends.triton import attention, block_attention, decode, handover, softmax, support
+from ptq4arvg_kernels.backends.triton.attention import Schedule
+from tests.kernels.attention_cases import Step, same_step, step
 from tests.kernels.triton_cases import (
     barriers,
     compiled_ptx,
@@ -32,63 +34,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 compiled = pytest.mark.skipif(support.interpreted(), reason="looks at the compiled kernel")
 
 
-@dataclass
-class Step:
-    """A cache of codes and what a step brings: P new tokens at the end of ``end`` visible ones."""
-
-    case: CacheCase
-    qkv: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    positions: Tensor
-    visible_end: Tensor
-    out_table: Tensor
-
-    def layer(self) -> Heads:
-        case, options = self.case, dict(self.case.options)
-        grouping = Grouping.of_data(case.kv_group, case.k_table)
-        sizes = (case.heads, case.head_dim, *case.tables(), case.head_dim**-0.5, grouping, case.qk_kind)
-        return Heads(*sizes, eps=options.pop("eps", 0.0), **options)
-
-    def caches(self) -> tuple[Tensor, Tensor]:
-        return self.k_cache.clone(), self.v_cache.clone()
-
-    def reference(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, the codes that attention's output becomes, and the caches afterwards."""
-        case, caches = self.case, self.caches()
-        with kernels.use_backend("reference", strict=True):
-            kind: Any = case.qk_kind
-            tables = case.tables()
-            q = kernels.qkv_append(self.qkv, *caches, self.positions, *tables, case.heads, kind, **case.options)
-            scale = case.head_dim**-0.5
-            mixed = kernels.attention(q, *caches, self.visible_end, case.slots, *tables, scale)
-            codes, _ = kernels.quantize(mixed, self.out_table, self.positions)
-        return q, codes, *caches
-
-
-def step(
-    head_dim: int,
-    slots: int,
-    kind: str = "layer_norm",
-    dtype: torch.dtype = torch.float16,
-    batch: int = 2,
-    heads: int = 2,
-    period: int = 1,
-    groups: int = 2,
-    end: int | None = None,
-) -> Step:
-    case = cache_case(batch, heads, head_dim, slots, kind, seed=slots, groups=groups)
-    gen = generator(head_dim)
-    last = end or slots
-    k_cache, v_cache = case.caches()
-    for cache in (k_cache, v_cache):
-        cache.copy_(torch.randint(-128, 128, cache.shape, generator=gen))
-    positions = torch.arange(last - period, last)
-    qkv = torch.randn(batch * period, 3 * heads * head_dim, generator=gen).to(dtype)
-    table = random_table(slots, [8, 6], 5, step=0.02)
-    return Step(case, qkv, k_cache, v_cache, positions, (positions + 1).to(torch.int32), table)
-
-
 def fused(given: Step, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes, their sums, and the caches afterwards."""
     caches, sums = given.caches(), torch.zeros(len(given.qkv), dtype=torch.int32)
@@ -96,16 +41,6 @@ def fused(given: Step, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with device(**options):
         codes = attention.append_attend_quantize(given.qkv, *caches, *operands)
     return codes, sums, *caches
-
-
-def same_step(given: Step, got: tuple[Tensor, ...]) -> None:
-    _, want, k_cache, v_cache = given.reference()
-    codes, sums, k_written, v_written = got
-    wrong = (codes.int() - want.int()).abs()
-    assert (wrong != 0).sum() <= max(1e-4 * wrong.numel(), 0)
-    assert torch.equal(sums, codes.sum(1, dtype=torch.int32))
-    assert torch.equal(k_written, k_cache)
-    assert torch.equal(v_written, v_cache)
 
 
 # --- schedule ---------------------------------------------------------------------------------------------------------
@@ -249,8 +184,7 @@ def test_the_cache_is_read_once(span: int) -> None:
     given = step(64, span, "none", batch=1, heads=16)
     q, _, *caches = given.reference()
     out = q.new_empty(1, 16 * 64)
-    with pytest.MonkeyPatch.context() as patch, device() as emulated:
-        patch.setattr(support, "multiprocessors", lambda where: 1)
+    with gpu.assume(replace(gpu.A100, multiprocessors=1)), device() as emulated:
         layer, output = given.layer(), attention._Output(out)
         attention._start_decode(q, *caches, given.visible_end, span, layer, output)
     assert emulated is not None

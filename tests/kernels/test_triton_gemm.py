@@ -17,23 +17,23 @@ from torch import Tensor
 
 import ptq4arvg_kernels as kernels
 from tests.kernels.kernel_cases import LinearCase, generator, linear_case, random_table
+from tests.kernels.linear_cases import DTYPES, ROWS, WIDTH_NAMES, WIDTHS, assert_same, epilogues, integers
 
 pytest.importorskip("triton")
 
 from benchmarks.sass import resources
 from benchmarks.triton_compiled import examine
-from ptq4arvg_kernels.backends.triton import gemm, linear, scratch, support, tiles, weights
+from ptq4arvg_kernels.backends import gpu, scratch
+from ptq4arvg_kernels.backends.gpu import Device
+from ptq4arvg_kernels.backends.triton import gemm, linear, support, tiles, weights
 from ptq4arvg_kernels.backends.triton.launch import Launch
-from ptq4arvg_kernels.backends.triton.tiles import Device, Plan, Tile
+from ptq4arvg_kernels.backends.triton.tiles import Plan, Tile
 from tests.kernels.triton_cases import barriers, device, edited, recorded, without_barrier
 from tests.ptxsim import HazardError, MemFault
 from tests.ptxsim.triton_launcher import compile_kernel
 
 compiled = pytest.mark.skipif(support.interpreted(), reason="looks at the compiled kernel")
-WIDTHS = [(8, [8]), (6, [8]), (6, [6]), (6, [8, 6])]
-WIDTH_NAMES = ["W8A8", "W6A8", "W6A6", "W6A6-sinks"]
-ROWS = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+FLOAT_EPS = 2.0**-21
 
 
 @contextlib.contextmanager
@@ -53,47 +53,6 @@ def planned(monkeypatch: pytest.MonkeyPatch, tile: Tile, split: int = 1) -> None
         return tiles._with_split(tile, split, rows, out_features, in_features)
 
     monkeypatch.setattr(linear, "plan", plan)
-
-
-def integers(case: LinearCase) -> np.ndarray:
-    return kernels.linear(*case.operands, "none", torch.float32).numpy()
-
-
-def epilogues(case: LinearCase, dtype: torch.dtype, gating: str = "rows") -> dict[str, Callable[[], Any]]:
-    """Every operator on one layer: its name and a call."""
-    rows, width = case.codes.shape[0], case.weight.shape[0]
-    gen = generator(3)
-    residual = torch.randn(rows, width, generator=gen).to(dtype)
-    gate = index = None
-    if gating != "none":
-        # A chunk of one modulation: rows lie 3 * width apart.
-        gate = torch.randn(rows if gating == "rows" else 3, 3 * width, generator=gen).to(dtype)[:, width : 2 * width]
-        index = None if gating == "rows" else torch.randint(0, 3, (rows,), generator=gen, dtype=torch.int32)
-    out_table = random_table(len(case.table), [8, 6], seed=5, step=0.05)
-    calls: dict[str, Callable[[], Any]] = {
-        f"linear {activation}": lambda activation=activation: kernels.linear(*case.operands, activation, dtype)
-        for activation in ("none", "silu", "gelu_erf", "gelu_tanh")
-    }
-    calls["linear_quant"] = lambda: kernels.linear_quant(*case.operands, "gelu_erf", out_table)
-    calls["linear_gate_residual"] = lambda: kernels.linear_gate_residual(*case.operands, gate, index, residual)
-    if width % 2 == 0:
-        calls["linear_swiglu_quant"] = lambda: kernels.linear_swiglu_quant(*case.operands, out_table)
-    return calls
-
-
-def assert_same(name: str, got: Any, want: Any) -> None:
-    """Bit for bit without an activation; codes within the law, row sums those of the codes; else a few ulp of float32,
-    which is at most one of a shorter type."""
-    if isinstance(got, tuple):
-        wrong = (got[0].int() - want[0].int()).abs()
-        assert (wrong != 0).sum() <= max(1e-4 * wrong.numel(), 0), name
-        assert wrong.max() <= 1, name
-        assert torch.equal(got[1], got[0].sum(1, dtype=torch.int32)), name
-    elif name in ("linear none", "linear_gate_residual"):
-        assert torch.equal(got, want), name
-    else:
-        eps = max(2.0**-21, torch.finfo(want.dtype).eps)
-        torch.testing.assert_close(got.double(), want.double(), rtol=eps, atol=2.0**-21, msg=name)
 
 
 @pytest.mark.parametrize(("w_bits", "act_bits"), WIDTHS[:2] + WIDTHS[3:], ids=WIDTH_NAMES[:2] + WIDTH_NAMES[3:])
@@ -148,7 +107,7 @@ def test_epilogues(
         with on("triton"):
             got = call()
         with on("reference"):
-            assert_same(name, got, call())
+            assert_same(name, got, call(), FLOAT_EPS)
 
 
 @pytest.mark.parametrize(("gating", "dtype"), list(zip(["none", "rows", "per_sample"], DTYPES, strict=True)), ids=str)
@@ -168,7 +127,7 @@ def test_every_tile(monkeypatch: pytest.MonkeyPatch, capability: int, w_bits: in
     """All tiles of the table with every operator, split and whole, with a bias and without."""
     if support.interpreted() and capability != 80:
         pytest.skip("the interpreter knows no capabilities")
-    limits = Device(capability, 108, tiles.SHARED_BYTES[capability])
+    limits = Device(capability, 108, gpu.SHARED_BYTES[capability])
     seen = {tile for rows in (16, 32, 64, 128) for tile in tiles.candidates(rows, w_bits, capability)}
     for tile in sorted(seen, key=repr):
         for split in (1, 2):
@@ -181,7 +140,7 @@ def test_every_tile(monkeypatch: pytest.MonkeyPatch, capability: int, w_bits: in
                 with on("triton", capability=capability):
                     got = call()
                 with on("reference"):
-                    assert_same(f"{tile} {split} {name}", got, call())
+                    assert_same(f"{tile} {split} {name}", got, call(), FLOAT_EPS)
 
 
 def test_split_k_is_exact_and_leaves_its_counters_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +167,7 @@ def test_schedules(monkeypatch: pytest.MonkeyPatch, schedule: str) -> None:
         with on("triton", schedule=schedule, ctas=list(reversed(range(12)))):
             got = call()
         with on("reference"):
-            assert_same(name, got, call())
+            assert_same(name, got, call(), FLOAT_EPS)
 
 
 def test_indices_outside_are_clamped() -> None:
@@ -307,10 +266,10 @@ def test_tuning_runs_every_option() -> None:
     try:
         with recorded():
             entries = linear.tune(*case.operands, measure=measure)
-        wanted = tiles.options(3, 40, 2100, 6, tiles.A100)
+        wanted = tiles.options(3, 40, 2100, 6, gpu.A100)
         assert len(launches) == len(wanted)
         assert entries["w6 40x2100 16"]["split"] == wanted[-1].split
-        assert tiles.plan(3, 40, 2100, 6, tiles.A100) == wanted[-1]
+        assert tiles.plan(3, 40, 2100, 6, gpu.A100) == wanted[-1]
         with pytest.raises(RuntimeError, match=r"no GPU to measure on.*cpu"):
             linear.tune(*case.operands)
     finally:
@@ -453,7 +412,7 @@ def test_hot_loop(monkeypatch: pytest.MonkeyPatch, capability: int, bits: int, t
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_compiles(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
     """Every architecture, with the plan of a device of it; shared memory is what the plan says, and nothing spills."""
-    limits = Device(capability, 100, tiles.SHARED_BYTES[capability])
+    limits = Device(capability, 100, gpu.SHARED_BYTES[capability])
     monkeypatch.setattr(linear, "describe", lambda _: limits)
     for bits, rows, name in ((8, 2, "linear_quant"), (6, 64, "linear_gate_residual")):
         launched = _one_launch(linear_case(rows, 256, 2048, bits, [8]), name)
@@ -469,7 +428,7 @@ def test_compiles(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
 @pytest.mark.parametrize("bits", [6, 8])
 def test_everything_compiles(monkeypatch: pytest.MonkeyPatch, capability: int, bits: int) -> None:
     """All tiles of the table, all epilogues, whole and split, half precision and float32; nothing spills."""
-    limits = Device(capability, 100, tiles.SHARED_BYTES[capability])
+    limits = Device(capability, 100, gpu.SHARED_BYTES[capability])
     seen = {tile for rows in (16, 32, 64, 128) for tile in tiles.candidates(rows, bits, capability)}
     for tile in sorted(seen, key=repr):
         for split in (1, 2):
@@ -495,7 +454,7 @@ def test_traffic(bits: int, rows: int, instructions: dict[int, float]) -> None:
     with on("triton", hazards="off") as emulated:
         kernels.linear(*case.operands, "none", torch.float16)
     result = emulated.records[0].result
-    how = tiles.plan(rows, width, depth, bits, tiles.A100)
+    how = tiles.plan(rows, width, depth, bits, gpu.A100)
     requested = result.stat["gld_bytes"] + result.stat["gst_bytes"]
     assert requested <= 1.02 * how.requested_bytes(rows, width, depth, bits, rows * width * 2)
     metrics = result.metrics()

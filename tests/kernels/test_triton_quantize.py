@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import ptq4arvg_kernels as kernels
-from tests.kernels.kernel_cases import generator, random_table
+from tests.kernels.kernel_cases import random_table
 
 pytest.importorskip("triton")
 
 from ptq4arvg_kernels.backends.triton import quantize, rows, support
+from tests.kernels.row_cases import MODEL_WIDTHS, adaln_case, adaln_reference, same_codes
 from tests.kernels.triton_cases import (
     barriers,
     compiled_ptx,
@@ -26,23 +27,7 @@ from tests.kernels.triton_cases import (
 )
 from tests.ptxsim import HazardError, MemFault
 
-WIDTHS = [768, 1024, 1280, 1408, 1536, 1920, 3200]
 compiled = pytest.mark.skipif(support.interpreted(), reason="looks at the compiled kernel")
-
-
-def _case(width: int, dtype: torch.dtype, seed: int = 0, count: int = 4) -> tuple[Any, ...]:
-    """Arguments of adaln_quant as the models call it: chunks of one modulation, a row map, one position."""
-    gen = generator(seed)
-    x = (3 * torch.randn(count, width, generator=gen) + 1).to(dtype)
-    scale, _, shift = torch.randn(3, 3 * width, generator=gen).to(dtype).chunk(3, dim=1)
-    index = torch.tensor([2, 0, 1, 2], dtype=torch.int32)[:count]
-    table = random_table(9, [8, 6], seed, step=0.05)
-    return x, "layer", 1e-6, None, None, scale, shift, index, 1.0, table, torch.tensor([6, 1])
-
-
-def _reference(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    with kernels.use_backend("reference", strict=True):
-        return kernels.adaln_quant(*args)
 
 
 def _run(args: tuple[Any, ...], **options: Any) -> tuple[Tensor, Tensor]:
@@ -50,26 +35,18 @@ def _run(args: tuple[Any, ...], **options: Any) -> tuple[Tensor, Tensor]:
         return kernels.adaln_quant(*args)
 
 
-def _same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
-    """Codes differ in at most 1e-4 of the places, by one; row sums are those of the codes."""
-    wrong = got[0].int() - want[0].int()
-    assert (wrong != 0).sum() <= 1e-4 * wrong.numel()
-    assert wrong.abs().max() <= 1
-    assert torch.equal(got[1], got[0].sum(1, dtype=torch.int32))
-
-
-@pytest.mark.parametrize("width", [*WIDTHS, 1, 127, 128, 513, 2049, 4097, 8704])
+@pytest.mark.parametrize("width", [*MODEL_WIDTHS, 1, 127, 128, 513, 2049, 4097, 8704])
 def test_widths(width: int) -> None:
     dtype = (torch.float16, torch.bfloat16, torch.float32)[width % 3]
-    args = _case(width, dtype)
-    _same(_run(args), _reference(args))
+    args = adaln_case(width, dtype)
+    same_codes(_run(args), adaln_reference(args))
 
 
 @compiled
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", MODEL_WIDTHS)
 def test_one_pass_over_memory(width: int) -> None:
     """x, scale, shift and the codes move once; what a row needs besides is 1 % of it."""
-    args = _case(width, torch.float16, count=2)
+    args = adaln_case(width, torch.float16, count=2)
     with device() as emulated:
         quantize.adaln_quant(*args)
     assert emulated is not None
@@ -81,7 +58,7 @@ def test_one_pass_over_memory(width: int) -> None:
 
 
 def test_lanes_are_not_wasted() -> None:
-    for width in WIDTHS:
+    for width in MODEL_WIDTHS:
         warps, chunk, chunks = quantize.row_blocks(width)
         assert chunk == 128 * warps
         assert width <= chunk * chunks <= 1.13 * width
@@ -107,7 +84,7 @@ def test_nan_becomes_the_lowest_code() -> None:
 
 def test_wrong_indices_stay_inside() -> None:
     """The emulator stops at an access outside an operand; the results are those of the nearest index."""
-    args = list(_case(331, torch.float32))
+    args = list(adaln_case(331, torch.float32))
     for position, nearest in ((9, 8), (-1, 0), (2**40, 8)):
         wrong, right = ([*args[:10], torch.tensor([p])] for p in (position, nearest))
         assert torch.equal(_run(tuple(wrong))[0], _run(tuple(right))[0])
@@ -119,7 +96,7 @@ def test_wrong_indices_stay_inside() -> None:
 
 def test_an_empty_table_is_refused() -> None:
     """There is no row that an index could be clamped to."""
-    args = _case(40, torch.float32)
+    args = adaln_case(40, torch.float32)
     with device(), kernels.use_backend("triton", strict=True):
         with pytest.raises(IndexError, match="quantize: table has no rows"):
             kernels.quantize(args[0], torch.empty(0, 4), args[10])
@@ -139,7 +116,7 @@ def test_too_wide_rows_are_declined() -> None:
 @compiled
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_compiles(capability: int) -> None:
-    args = _case(1280, torch.bfloat16)
+    args = adaln_case(1280, torch.bfloat16)
     with recorded() as launches:
         quantize.adaln_quant(*args)
         quantize.quantize(args[0], args[9], args[10], "gelu_erf")
@@ -156,7 +133,7 @@ STORE_MASK = ", mask=i * CHUNK + lane < WIDTH"
 @compiled
 @pytest.mark.parametrize(("helper", "mask"), [("load_chunk", LOAD_MASK), ("store_codes", STORE_MASK)])
 def test_a_dropped_mask_is_found(monkeypatch: pytest.MonkeyPatch, helper: str, mask: str) -> None:
-    args = _case(331, torch.float32)
+    args = adaln_case(331, torch.float32)
     _run(args)
     broken = edited(getattr(rows, helper), mask, "")
     kernel = edited(quantize.adaln_quant_kernel, "CENTRE", "CENTRE", **{helper: broken})
@@ -167,17 +144,17 @@ def test_a_dropped_mask_is_found(monkeypatch: pytest.MonkeyPatch, helper: str, m
 
 @compiled
 def test_statistics_over_idle_lanes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = _case(331, torch.float32)
+    args = adaln_case(331, torch.float32)
     kernel = edited(quantize.adaln_quant_kernel, "inside(c - mean, i, lane, WIDTH, CHUNK)", "c - mean")
     monkeypatch.setattr(quantize, "adaln_quant_kernel", kernel)
     with pytest.raises(AssertionError):
-        _same(_run(args), _reference(args))
+        same_codes(_run(args), adaln_reference(args))
 
 
 @compiled
 def test_a_deleted_barrier_is_found() -> None:
     """Every one of them."""
-    args = _case(1280, torch.float16)
+    args = adaln_case(1280, torch.float16)
     with device() as emulated:
         quantize.adaln_quant(*args)
     assert emulated is not None

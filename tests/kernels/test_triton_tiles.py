@@ -15,19 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.shapes import layer_shapes
-from ptq4arvg_kernels.backends.triton import support, tiles, weights
-from ptq4arvg_kernels.backends.triton.tiles import Device, Plan, Tile, plan
+from ptq4arvg_kernels.backends import gpu
+from ptq4arvg_kernels.backends.gpu import Device
+from ptq4arvg_kernels.backends.gpu_weights import padded
+from ptq4arvg_kernels.backends.triton import tiles, weights
+from ptq4arvg_kernels.backends.triton.tiles import Plan, Tile, plan
 from ptq4arvg_kernels.packing import pack
 from tests.kernels.kernel_cases import generator
 
-A100 = tiles.A100
+A100 = gpu.A100
 DEVICES = [
     A100,
-    Device(86, 82, tiles.SHARED_BYTES[86], "RTX 3090"),
-    Device(89, 58, tiles.SHARED_BYTES[89], "L4"),
-    Device(90, 132, tiles.SHARED_BYTES[90], "H100"),
-    Device(100, 148, tiles.SHARED_BYTES[100], "B200"),
-    Device(120, 170, tiles.SHARED_BYTES[120], "RTX 5090"),
+    Device(86, 82, gpu.SHARED_BYTES[86], "RTX 3090"),
+    Device(89, 58, gpu.SHARED_BYTES[89], "L4"),
+    Device(90, 132, gpu.SHARED_BYTES[90], "H100"),
+    Device(100, 148, gpu.SHARED_BYTES[100], "B200"),
+    Device(120, 170, gpu.SHARED_BYTES[120], "RTX 5090"),
     Device(110, 20, 101376, "unknown to the table"),
 ]
 
@@ -51,7 +54,7 @@ def test_plans_cover_the_product(rows: int, out_features: int, in_features: int,
     assert how.tiles_n == -(-out_features // tile.bn)
     tiles_k = -(-in_features // tile.bk)
     assert (how.split - 1) * how.steps < tiles_k <= how.split * how.steps, "a part is empty, or K is not covered"
-    assert how.tiles_n * tile.bn <= weights.padded(out_features, weights.N_ALIGN), "reads behind the packed weights"
+    assert how.tiles_n * tile.bn <= padded(out_features, weights.N_ALIGN), "reads behind the packed weights"
     assert tile.shared_bytes(bits, device.capability) <= device.shared_bytes
     assert how.grid == (how.tiles_m * how.tiles_n, how.split)
     assert (how.group_m == 0) == (how.tiles_m == 1)
@@ -126,15 +129,15 @@ def test_requested_bytes() -> None:
 def test_an_assumed_device() -> None:
     """What looks at launches without a GPU chooses the device; nested and in other threads it is independent."""
     cpu = torch.device("cpu")
-    assert tiles.describe(cpu) == A100
-    with support.assume(DEVICES[1]):
-        assert tiles.describe(cpu) == DEVICES[1]
-        assert support.multiprocessors(cpu) == 82
-        with support.assume(DEVICES[3]):
-            assert support.multiprocessors(cpu) == 132
+    assert gpu.describe(cpu) == A100
+    with gpu.assume(DEVICES[1]):
+        assert gpu.describe(cpu) == DEVICES[1]
+        assert gpu.describe(cpu).multiprocessors == 82
+        with gpu.assume(DEVICES[3]):
+            assert gpu.describe(cpu).multiprocessors == 132
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(support.multiprocessors, cpu).result() == A100.multiprocessors
-    assert support.multiprocessors(cpu) == A100.multiprocessors
+            assert pool.submit(gpu.describe, cpu).result() == A100
+    assert gpu.describe(cpu).multiprocessors == A100.multiprocessors
 
 
 @pytest.fixture
@@ -148,7 +151,7 @@ def no_measurements():
 
 @pytest.mark.usefixtures("no_measurements")
 def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Device(80, 108, tiles.SHARED_BYTES[80], "some GPU")
+    device = Device(80, 108, gpu.SHARED_BYTES[80], "some GPU")
     default = plan(10, 1024, 4096, 6, device)
     wanted = next(option for option in tiles.options(10, 1024, 4096, 6, device) if option.split == 4)
     assert wanted != default
@@ -221,11 +224,11 @@ def test_cache_follows_writes_and_dies_with_the_weight() -> None:
     assert not torch.equal(second, first)
     alive = weakref.ref(second)
     gc.collect()
-    entries = len(weights._CACHE)
+    entries = len(weights.tiles_of.cache)
     del second, qweight
     gc.collect()
     assert alive() is None
-    assert len(weights._CACHE) == entries - 1
+    assert len(weights.tiles_of.cache) == entries - 1
 
 
 def test_weights_made_in_inference_mode() -> None:

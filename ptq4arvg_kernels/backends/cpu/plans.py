@@ -13,60 +13,29 @@ import torch
 from torch import Tensor
 
 from ...plans import BlockOperands, NormOperands, PackedWeights
+from .. import packed_layer
 from ..views import ACTIVATIONS, QK_KINDS, SWIGLU, View, dense, maybe, norm_views, view
 from . import native
 from .native import OK, threads
 from .weights import pack_panels, unpack_panels
 
 
-class PackedLayer:
-    """Weights of one linear layer in the kernels' order, with its other operands.
+class PackedLayer(packed_layer.PackedLayer):
+    """Weights in the kernels' order."""
 
-    Args:
-        qweight: uint8 ``[N, row bytes]`` as stored; not kept.
-        w_bits, in_features, w_scale, col_sums, bias, table: as in :func:`ptq4arvg_kernels.linear`.
-        paired: rows are ``[w1; w3]`` of a SwiGLU layer.
-
-    Raises:
-        ValueError: the stored weights are corrupt, or an operand does not fit.
-    """
-
-    def __init__(
-        self,
-        qweight: Tensor,
-        w_bits: int,
-        in_features: int,
-        w_scale: Tensor,
-        col_sums: Tensor,
-        bias: Tensor | None,
-        table: Tensor,
-        paired: bool = False,
-    ) -> None:
-        self.w_bits, self.in_features, self.out_features, self.paired = w_bits, in_features, len(qweight), paired
-        panels = pack_panels(qweight.contiguous(), w_bits, in_features, paired)
+    def _pack(self, qweight: Tensor) -> Tensor:
+        panels = pack_panels(qweight.contiguous(), self.w_bits, self.in_features, self.paired)
         if panels is None:
             raise ValueError(
                 "the packed weights hold a byte that no weight has; the data is corrupt (a truncated file?): load again"
             )
-        self.panels = panels
-        self.w_scale, self.col_sums, self.bias, self.table = w_scale, col_sums, bias, table
-
-    def native(self) -> dict[str, Any]:
-        return {
-            "panels": view(self.panels),
-            "bits": self.w_bits,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "paired": self.paired,
-            "w_scale": dense(self.w_scale),
-            "col_sums": dense(self.col_sums),
-            "bias": dense(self.bias),
-            "table": dense(self.table),
-        }
+        return panels
 
     def qweight(self) -> Tensor:
-        """The weights as stored, uint8 ``[N, row bytes]``, bit for bit."""
-        return unpack_panels(self.panels, self.out_features, self.w_bits, self.in_features, self.paired)
+        return unpack_panels(self.packed, self.out_features, self.w_bits, self.in_features, self.paired)
+
+    def native(self) -> dict[str, Any]:
+        return {"panels": view(self.packed), **super().native()}
 
 
 class LayerPlan:

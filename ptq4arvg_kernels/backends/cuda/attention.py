@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..heads import Grouping, Heads
 from ..scratch import counters
 from ..views import QK_KINDS
 from . import native, support
 
-GROUPINGS = {"one": 0, "step": 1, "table": 2}
+GROUPINGS = {"one": 0, "step": 1, "table": 2}  # numbers of csrc/cuda/attention_params.h
 
 
 class Schedule(NamedTuple):
@@ -47,55 +47,6 @@ def schedule(pairs: int, period: int, span: int, lanes: int, device: tuple[int, 
         ValueError: the sizes are not possible.
     """
     return Schedule(*native.module().plan_attention(pairs, period, span, lanes, device))
-
-
-class Grouping(NamedTuple):
-    """How slots are grouped: ``one`` group, a ``step`` from group 0 to 1 at slot ``edge``, or as a ``table`` says."""
-
-    kind: str
-    edge: int = 0
-
-    @staticmethod
-    def of_metadata(k_table: Tensor) -> Grouping:
-        """One group, or groups that only the data knows."""
-        return Grouping("one" if len(k_table) == 1 else "table")
-
-    @staticmethod
-    def of_data(kv_group: Tensor, k_table: Tensor) -> Grouping:
-        """What ``kv_group`` says, read on the host: for plans, once."""
-        groups = kv_group.tolist()
-        edge = groups.count(0)
-        if len(k_table) == 2 and groups == [0] * edge + [1] * (len(groups) - edge):
-            return Grouping("step", edge)
-        return Grouping.of_metadata(k_table)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What attention needs to know of a layer.
-
-    Attributes:
-        heads: H.
-        k_table, v_table, kv_group, softmax_scale: as in :func:`ptq4arvg_kernels.attention`.
-        grouping: of the slots.
-        qk_kind, eps, q_weight, q_bias, k_weight, k_bias, q_scale, rope: as in :func:`ptq4arvg_kernels.qkv_append`; only
-            the fused form uses them.
-    """
-
-    heads: int
-    k_table: Tensor
-    v_table: Tensor
-    kv_group: Tensor
-    softmax_scale: float
-    grouping: Grouping
-    qk_kind: str = "none"
-    eps: float = 0.0
-    q_weight: Tensor | None = None
-    q_bias: Tensor | None = None
-    k_weight: Tensor | None = None
-    k_bias: Tensor | None = None
-    q_scale: Tensor | None = None
-    rope: Tensor | None = None
 
 
 def _scratch(q: Tensor, pairs: int, period: int, lanes: int, plan: Schedule) -> tuple[Tensor | None, Tensor | None]:
@@ -164,7 +115,7 @@ def attention(
 ) -> Tensor:
     """See :func:`ptq4arvg_kernels.ops.attention`."""
     batch, heads, period, head_dim = q.shape
-    layer = Heads(heads, k_table, v_table, kv_group, softmax_scale, Grouping.of_metadata(k_table))
+    layer = Heads(heads, head_dim, k_table, v_table, kv_group, softmax_scale, Grouping.of_metadata(k_table))
     out = q.new_empty(batch * period, heads * head_dim)
     _start(q, k_cache, v_cache, visible_end, span, layer, out)
     return out

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..gpu_weights import padded
 from ..scratch import counters
 from ..views import ACTIVATIONS, SWIGLU, maybe, view
 from . import native, support
-from .weights import bricks_of, padded
+from .weights import bricks_of
 
 OUTPUTS = {"store": 0, "quant": 1, "gate_residual": 2}
 ROW_ALIGN = 16

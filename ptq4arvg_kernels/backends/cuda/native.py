@@ -9,7 +9,6 @@ in the tests' emulator, which takes the place of the last step only (:func:`repl
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import modules
+from ..override import Override
 from ..views import view
 
 
@@ -47,7 +47,7 @@ class Launch(NamedTuple):
 
 Launcher = Callable[[Launch], None]
 
-_launcher: contextvars.ContextVar[Launcher | None] = contextvars.ContextVar("ptq4arvg_cuda_launcher", default=None)
+_launcher: Override[Launcher] = Override("cuda_launcher")
 
 
 @functools.cache
@@ -88,14 +88,9 @@ def replaced() -> bool:
     return _launcher.get() is not None
 
 
-@contextlib.contextmanager
-def replace(launcher: Launcher) -> Iterator[None]:
+def replace(launcher: Launcher) -> contextlib.AbstractContextManager[None]:
     """Send the launches of this thread or task to ``launcher``, which executes them before it returns."""
-    token = _launcher.set(launcher)
-    try:
-        yield
-    finally:
-        _launcher.reset(token)
+    return _launcher.replace(launcher)
 
 
 @contextlib.contextmanager

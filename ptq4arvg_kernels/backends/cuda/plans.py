@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ...checks import FLOAT_DTYPES, INDEX_DTYPES, check_rows_divisible, check_tensor
 from ...plans import BlockOperands, NormOperands, PackedWeights
-from .. import debug
+from .. import debug, packed_layer
+from ..heads import Grouping
 from ..scratch import counters
 from ..views import ACTIVATIONS, ELEMENTS, QK_KINDS, SWIGLU, dense, norm_views, view
 from . import native, support
-from .attention import GROUPINGS, Grouping
+from .attention import GROUPINGS
 from .weights import pack_bricks, unpack_bricks
 
 _INT8 = (torch.int8,)
@@ -30,49 +31,21 @@ _INT32 = (torch.int32,)
 _NO_MODULATION = (0, 0, 0, 0, 0)
 
 
-class PackedLayer:
-    """Weights in the order of :mod:`.weights`, see :class:`ptq4arvg_kernels.plans.PackedWeights`.
+class PackedLayer(packed_layer.PackedLayer):
+    """Weights in the order of :mod:`.weights`."""
 
-    Raises:
-        ValueError: the stored weights are corrupt.
-    """
+    def _pack(self, qweight: Tensor) -> Tensor:
+        return pack_bricks(qweight, self.w_bits, self.in_features, self.paired)
 
-    def __init__(
-        self,
-        qweight: Tensor,
-        w_bits: int,
-        in_features: int,
-        w_scale: Tensor,
-        col_sums: Tensor,
-        bias: Tensor | None,
-        table: Tensor,
-        paired: bool = False,
-    ) -> None:
-        self.w_bits, self.in_features, self.out_features, self.paired = w_bits, in_features, len(qweight), paired
-        self.bricks = pack_bricks(qweight, w_bits, in_features, paired)
-        self.w_scale, self.col_sums, self.bias, self.table = w_scale, col_sums, bias, table
+    def qweight(self) -> Tensor:
+        return unpack_bricks(self.packed, self.out_features, self.w_bits, self.in_features, self.paired)
 
     def native(self) -> dict[str, Any]:
-        """What the compiled module is told of the layer."""
-        return {
-            "weights": view(self.bricks.view(-1)),
-            "bits": self.w_bits,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "paired": self.paired,
-            "w_scale": dense(self.w_scale),
-            "col_sums": dense(self.col_sums),
-            "bias": dense(self.bias),
-            "table": dense(self.table),
-        }
+        return {"weights": view(self.packed.view(-1)), **super().native()}
 
     def operands(self) -> list[Tensor | None]:
         """The tensors whose addresses the compiled module keeps."""
-        return [self.bricks, self.w_scale, self.col_sums, self.bias, self.table]
-
-    def qweight(self) -> Tensor:
-        """The weights as stored, uint8 ``[N, row bytes]``, bit for bit."""
-        return unpack_bricks(self.bricks, self.out_features, self.w_bits, self.in_features, self.paired)
+        return [self.packed, self.w_scale, self.col_sums, self.bias, self.table]
 
 
 def _rows(op: str, x: Tensor, width: int) -> int:
@@ -148,7 +121,6 @@ class LayerPlan:
         self._native = native.module().Layer(operands)
         self._kept = [*packed.operands(), *([] if norm is None else [norm.weight, norm.bias])]
         self._chunks = 0 if norm is None else max(norm.scale, norm.shift) + 1
-        self._info = support.device_info(packed.bricks.device)
 
     def __call__(
         self, x: Tensor, positions: Tensor, modulation: Tensor | None = None, rows: Tensor | None = None
@@ -156,7 +128,8 @@ class LayerPlan:
         """``layer(x [M, K])`` of x's dtype, ``[M, N]``; None where the operators should look at the data."""
         if debug.enabled(x):
             return None
-        layer, info, device = self.layer, self._info, x.device
+        layer, device = self.layer, x.device
+        info = support.device_info(device)
         count = _rows("layer", x, layer.in_features)
         out = x.new_empty(count, layer.out_features)
         if not count:
@@ -204,7 +177,6 @@ class BlockPlan:
         self._kept += [tensor for norm in (o.norm1, o.norm2) for tensor in (norm.weight, norm.bias)]
         self._kept += [tensor for layer in layers.values() for tensor in layer.operands()]
         self._width, self._chunks, self._slots = o.qkv.in_features, self._native.chunks, self._native.slots
-        self._info = support.device_info(layers["qkv"].bricks.device)
         self._known: tuple[Any, ...] = ()
 
     def _caches(self, k: Tensor, v: Tensor, batch: int) -> tuple[tuple[int, int, int], tuple[int, int, int], int]:
@@ -240,7 +212,8 @@ class BlockPlan:
         """``block(x [M, D])`` as a new tensor; None where the operators should look at the data."""
         if debug.enabled(x):
             return None
-        info, device, dtype = self._info, x.device, ELEMENTS[x.dtype]
+        device, dtype = x.device, ELEMENTS[x.dtype]
+        info = support.device_info(device)
         rows = _rows("block", x, self._width)
         out = torch.empty_like(x)
         if not rows:

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from ..triton.tiles import Device, describe
+from ..gpu import describe
 from . import native
 
 OLDEST_CAPABILITY = 80
@@ -93,5 +93,5 @@ def device_refused(device: torch.device, replaced: bool) -> str | None:
 
 def device_info(device: torch.device) -> tuple[int, int, int]:
     """What plans depend on: compute capability, multiprocessors, bytes of shared memory per block."""
-    known: Device = describe(device)
+    known = describe(device)
     return known.capability, known.multiprocessors, known.shared_bytes

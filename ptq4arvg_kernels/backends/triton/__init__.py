@@ -22,7 +22,8 @@ from typing import Any
 
 from ...packing import MAX_IN_FEATURES
 from ...registry import Backend, OpSpec
-from . import debug, support
+from .. import debug
+from . import support
 
 # Operator -> module and name.
 _OPERATORS = {

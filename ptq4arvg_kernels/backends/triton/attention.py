@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu import describe
+from ..heads import Grouping, Heads
+from ..scratch import counters
 from . import support
 from .block_attention import block_attention_kernel
 from .decode import decode_kernel
 from .launch import Launch, start
 from .qkv import cache_arguments, slots_of
-from .scratch import counters
 
 TILES = 4  # tiles of slots per step of the decode kernel
 SLOTS_PER_WARP = 8  # rows of such a tile per warp
@@ -69,57 +70,6 @@ def schedule(pairs: int, period: int, span: int, multiprocessors: int) -> Schedu
     blocks = pairs * triton.cdiv(period, rows)
     warps = 8 if rows == 64 else 4  # the accumulators of 64 queries would fill the registers of four warps
     return Schedule(rows, BLOCK_SLOTS, warps, _splits(blocks, triton.cdiv(span, BLOCK_SLOTS), multiprocessors))
-
-
-class Grouping(NamedTuple):
-    """How slots are grouped, see :func:`ptq4arvg_kernels.backends.triton.heads.slot_grid`."""
-
-    kind: str
-    edge: int = 0
-
-    @staticmethod
-    def of_metadata(k_table: Tensor) -> Grouping:
-        """One group, or groups that only the data knows."""
-        return Grouping("one" if len(k_table) == 1 else "table")
-
-    @staticmethod
-    def of_data(kv_group: Tensor, k_table: Tensor) -> Grouping:
-        """What ``kv_group`` says, read on the host: for plans, once. A step from group 0 to group 1 (sinks, then the
-        rest) needs no loads per slot."""
-        groups = kv_group.tolist()
-        edge = groups.count(0)
-        if len(k_table) == 2 and groups == [0] * edge + [1] * (len(groups) - edge):
-            return Grouping("step", edge)
-        return Grouping.of_metadata(k_table)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What attention needs to know of a layer.
-
-    Attributes:
-        heads, head_dim: H and d.
-        k_table, v_table, kv_group, softmax_scale: as in :func:`ptq4arvg_kernels.attention`.
-        grouping: of the slots.
-        qk_kind, eps, q_weight, q_bias, k_weight, k_bias, q_scale, rope: as in :func:`ptq4arvg_kernels.qkv_append`; only
-            the fused form uses them.
-    """
-
-    heads: int
-    head_dim: int
-    k_table: Tensor
-    v_table: Tensor
-    kv_group: Tensor
-    softmax_scale: float
-    grouping: Grouping
-    qk_kind: str = "none"
-    eps: float = 0.0
-    q_weight: Tensor | None = None
-    q_bias: Tensor | None = None
-    k_weight: Tensor | None = None
-    k_bias: Tensor | None = None
-    q_scale: Tensor | None = None
-    rope: Tensor | None = None
 
 
 class _Output(NamedTuple):
@@ -179,7 +129,7 @@ def _start_decode(
 ) -> None:
     """One query per sequence and head; with ``append``, ``q`` is the output of the qkv layer."""
     lanes, pairs = _lanes(k_cache), k_cache.shape[0] * layer.heads
-    plan = schedule(pairs, 1, span, support.multiprocessors(q.device))
+    plan = schedule(pairs, 1, span, describe(q.device).multiprocessors)
     start(
         Launch(
             decode_kernel,
@@ -226,7 +176,7 @@ def _start_block(
     """P queries per sequence and head."""
     batch, heads, period, head_dim = q.shape
     lanes, pairs = _lanes(k_cache), batch * heads
-    plan = schedule(pairs, period, span, support.multiprocessors(q.device))
+    plan = schedule(pairs, period, span, describe(q.device).multiprocessors)
     row_tiles = triton.cdiv(period, plan.rows)
     dtype, pieces = _PIECES[q.dtype]
     start(

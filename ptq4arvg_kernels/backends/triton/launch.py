@@ -7,11 +7,12 @@ the PTX emulator of the tests, which replace the last step only.
 from __future__ import annotations
 
 import contextlib
-import contextvars
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+
+from ..override import Override
 
 
 class Launch(NamedTuple):
@@ -35,7 +36,7 @@ class Launch(NamedTuple):
 
 Launcher = Callable[[Launch], None]
 
-_launcher: contextvars.ContextVar[Launcher | None] = contextvars.ContextVar("ptq4arvg_triton_launcher", default=None)
+_launcher: Override[Launcher] = Override("triton_launcher")
 
 
 def _device_of(arguments: Mapping[str, Any]) -> torch.device:
@@ -67,11 +68,6 @@ def replaced() -> bool:
     return _launcher.get() is not None
 
 
-@contextlib.contextmanager
-def replace(launcher: Launcher) -> Iterator[None]:
+def replace(launcher: Launcher) -> contextlib.AbstractContextManager[None]:
     """Send the launches of this thread or task to ``launcher``, which executes them before it returns."""
-    token = _launcher.set(launcher)
-    try:
-        yield
-    finally:
-        _launcher.reset(token)
+    return _launcher.replace(launcher)

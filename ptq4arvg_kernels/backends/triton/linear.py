@@ -14,12 +14,15 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import scratch, support, tiles
+from .. import scratch
+from ..gpu import describe
+from ..gpu_weights import padded
+from . import support, tiles
 from .gemm import gemm
 from .launch import Launch, start
 from .quantize import new_codes
-from .tiles import Plan, describe, plan
-from .weights import K_TILE, N_ALIGN, padded, tiles_of
+from .tiles import Plan, plan
+from .weights import K_TILE, N_ALIGN, tiles_of
 
 
 def start_gemm(

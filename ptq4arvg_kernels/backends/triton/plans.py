@@ -15,7 +15,7 @@ must be in the cache before a query of the step reads them, and between thread b
 
 Weights are signed, so that no product needs the row sums of its codes, and those that would cost atomics are not made.
 Positions are read from device tensors only; outputs and scratch memory come from torch's allocator. A step can be
-captured into a CUDA graph after one ordinary step on the stream that captures (:mod:`.scratch`), with a ``span`` that
+captured into a CUDA graph after one ordinary step on the stream that captures (:mod:`..scratch`), with a ``span`` that
 covers the steps to come: what a query sees is in ``visible_end``.
 
 A plan cannot look at data, so it never refuses; with ``PTQ4ARVG_DEBUG=1`` it leaves all calls to the operators, which
@@ -30,39 +30,23 @@ import torch
 from torch import Tensor
 
 from ...plans import BlockOperands, NormOperands, PackedWeights
-from . import debug
-from .attention import Grouping, Heads, append_attend_quantize, attend_quantize
+from .. import debug, packed_layer
+from ..heads import Grouping, Heads
+from .attention import append_attend_quantize, attend_quantize
 from .linear import start_gemm
 from .qkv import qkv_append
 from .quantize import adaln_quant, quantize
 from .weights import pack_tiles, unpack_tiles
 
 
-class PackedLayer:
-    """Weights in the order of :mod:`.weights`, see :class:`ptq4arvg_kernels.plans.PackedWeights`.
+class PackedLayer(packed_layer.PackedLayer):
+    """Weights in the order of :mod:`.weights`."""
 
-    Raises:
-        ValueError: the stored weights are corrupt.
-    """
-
-    def __init__(
-        self,
-        qweight: Tensor,
-        w_bits: int,
-        in_features: int,
-        w_scale: Tensor,
-        col_sums: Tensor,
-        bias: Tensor | None,
-        table: Tensor,
-        paired: bool = False,
-    ) -> None:
-        self.w_bits, self.in_features, self.out_features, self.paired = w_bits, in_features, len(qweight), paired
-        self.tiles = pack_tiles(qweight, w_bits, in_features, paired)
-        self.w_scale, self.col_sums, self.bias, self.table = w_scale, col_sums, bias, table
+    def _pack(self, qweight: Tensor) -> Tensor:
+        return pack_tiles(qweight, self.w_bits, self.in_features, self.paired)
 
     def qweight(self) -> Tensor:
-        """The weights as stored, uint8 ``[N, row bytes]``, bit for bit."""
-        return unpack_tiles(self.tiles, self.out_features, self.w_bits, self.in_features, self.paired)
+        return unpack_tiles(self.packed, self.out_features, self.w_bits, self.in_features, self.paired)
 
 
 def _multiply(
@@ -81,7 +65,7 @@ def _multiply(
         layer.table,
         positions,
     )
-    start_gemm("linear", epilogue, operands, out, w=layer.tiles, **rest)
+    start_gemm("linear", epilogue, operands, out, w=layer.packed, **rest)
     return out
 
 

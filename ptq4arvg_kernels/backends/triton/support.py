@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import launch
 
-if TYPE_CHECKING:
-    from .tiles import Device
-
 OLDEST_TRITON = (3, 4)
 OLDEST_CAPABILITY = (8, 0)
-# Where there is no device to ask (interpreter, emulator): those of an A100.
-MULTIPROCESSORS = 108
 
 
 @functools.cache
@@ -78,40 +69,6 @@ def device_refused(device: torch.device) -> str | None:
         found, oldest = (".".join(map(str, pair)) for pair in (_capability(device), OLDEST_CAPABILITY))
         return f"needs compute capability {oldest} (8-bit matrix instructions of that shape), the device has {found}"
     return None
-
-
-_assumed: contextvars.ContextVar[Device | None] = contextvars.ContextVar("ptq4arvg_triton_assumed", default=None)
-
-
-@contextlib.contextmanager
-def assume(device: Device) -> Iterator[None]:
-    """Choose tiles and schedules for CPU tensors as on ``device`` (instead of an A100) in this thread or task.
-
-    For what looks at launches without a GPU; tensors on a GPU are not affected.
-    """
-    token = _assumed.set(device)
-    try:
-        yield
-    finally:
-        _assumed.reset(token)
-
-
-def assumed() -> Device | None:
-    """The device of :func:`assume`, or None."""
-    return _assumed.get()
-
-
-@functools.cache
-def _cuda_multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a device."""
-    if device.type == "cuda":
-        return _cuda_multiprocessors(device)
-    stand_in = assumed()
-    return MULTIPROCESSORS if stand_in is None else stand_in.multiprocessors
 
 
 def require_rows(op: str, **sources: Tensor | None) -> None:

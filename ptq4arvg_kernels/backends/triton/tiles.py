@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import support
-from .weights import K_TILE, N_ALIGN, padded
+from ..gpu import Device
+from ..gpu_weights import padded
+from .weights import K_TILE, N_ALIGN
 
 BUCKETS: tuple[int, ...] = (16, 32, 64)
 LARGE = 128  # the bucket of more rows than those
@@ -32,37 +33,6 @@ MIN_STEPS = 8
 MAX_SPLIT = 16
 GROUP_M = 8
 RESERVED = 1024  # bytes kept free: the driver's share of a block, and scratch for reductions
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the choice depends on.
-
-    Attributes:
-        capability: major * 10 + minor.
-        multiprocessors: number of them.
-        shared_bytes: shared memory a block may ask for.
-        name: as torch names it; measured tiles belong to a name.
-    """
-
-    capability: int
-    multiprocessors: int
-    shared_bytes: int
-    name: str = ""
-
-
-A100 = Device(80, 108, 166912, "NVIDIA A100")
-# Bytes a block may opt in to (CUDA C++ programming guide, technical specifications per compute capability).
-SHARED_BYTES: Mapping[int, int] = {
-    80: 166912,
-    86: 101376,
-    87: 166912,
-    89: 101376,
-    90: 232448,
-    100: 232448,
-    103: 232448,
-    120: 101376,
-}
 
 
 @dataclass(frozen=True)
@@ -241,22 +211,6 @@ def plan(rows: int, out_features: int, in_features: int, bits: int, device: Devi
     tiles_k = padded(in_features, chosen.tile.bk) // chosen.tile.bk
     split = _parts(chosen.grid[0], tiles_k, device.multiprocessors)
     return _with_split(chosen.tile, split, rows, out_features, in_features)
-
-
-def describe(device: torch.device) -> Device:
-    """The :class:`Device` behind a torch device. On CPU tensors, where launches are replaced, the one of
-    :func:`.support.assume` or an A100."""
-    if device.type != "cuda":
-        return support.assumed() or A100
-    return _describe_cuda(device.index if device.index is not None else torch.cuda.current_device())
-
-
-@functools.cache
-def _describe_cuda(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    capability = properties.major * 10 + properties.minor
-    shared = getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES.get(capability, 101376))
-    return Device(capability, support.multiprocessors(torch.device("cuda", index)), shared, properties.name)
 
 
 def options(rows: int, out_features: int, in_features: int, bits: int, device: Device) -> list[Plan]:
