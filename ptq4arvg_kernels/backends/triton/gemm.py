@@ -150,6 +150,20 @@ def load_channels(scale, col_sums, bias, channel, mask):
 
 
 @triton.jit
+def load_pieces(scale, col_sums, bias, pn, N, PAIRED: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr):
+    """:func:`load_channels` of PIECES runs of WIDTH columns, the first of which is ``pn * PIECES``. PAIRED: columns
+    alternate between the halves of the channels."""
+    pieces_of = ()
+    for i in tl.static_range(PIECES):
+        rn = (pn * PIECES + i) * WIDTH + tl.arange(0, WIDTH)
+        channel = rn
+        if PAIRED:
+            channel = (rn % 2) * (N // 2) + rn // 2
+        pieces_of += (load_channels(scale, col_sums, bias, channel, rn < N),)
+    return pieces_of
+
+
+@triton.jit
 def load_indices(indices, rm, period, M, BM: tl.constexpr):
     """``[BM, lanes]``: ``indices[row % P]`` in the first column, zeros in the others.
 
@@ -350,12 +364,8 @@ def gemm(
     if gate_rows is not None:
         gate_index = load_indices(gate_rows, rm, M, M, BM)
     channels = ()
-    for i in tl.static_range(HALVES):
-        rn = (pn * HALVES + i) * WIDTH + tl.arange(0, WIDTH)
-        channel = rn
-        if EPILOGUE == "swiglu_quant":
-            channel = (rn % 2) * (N // 2) + rn // 2
-        channels += (load_channels(scale, col_sums, bias, channel, rn < N),)
+    if not SPLIT:
+        channels = load_pieces(scale, col_sums, bias, pn, N, EPILOGUE == "swiglu_quant", HALVES, WIDTH)
     early = None
     if EPILOGUE == "gate_residual" and not SPLIT and BM * BN <= EARLY:
         early = load_tile(residual + pm.to(tl.int64) * BM * N, tl.arange(0, BM), N, rm, pn, M, N, BM, BN)
@@ -379,6 +389,8 @@ def gemm(
             tl.store(mine + i * WIDTH + inside, tl.reshape(sums_of[i], (BM, 4, WIDTH // 4)), mask=rows)  # see load_tile
         if not arrived_last(counters + tile, parts):
             return
+        # Only the last block needs them, and they would be in the registers of all during the main loop.
+        channels = load_pieces(scale, col_sums, bias, pn, N, EPILOGUE == "swiglu_quant", HALVES, WIDTH)
     position = tl.sum(position, 1)
     grid = load_row(table, position, length, rm < M, BM)
     out_grid = grid
