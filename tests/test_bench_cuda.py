@@ -156,7 +156,7 @@ def test_floors_by_hand() -> None:
     assert tile.mma_per_step * tile.warps * 16 * 8 * 32 == tile.macs_per_step
     norm = gemm_tile("gemm_norm_w8_16x32_quant")
     assert norm is not None
-    assert norm.floor() == {"IMMA": 8, "LDSM": 2, "LDS": 4, "LDGSTS": 4, "logic": 0}
+    assert norm.floor() == {"IMMA": 16, "LDSM": 4, "LDS": 8, "LDGSTS": 8, "logic": 0}
     assert gemm_tile("qkv_append") is None
     assert set(tiles()) == {name for name in native.module().kernels() if name.startswith("gemm_")}
 

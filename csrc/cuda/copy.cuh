@@ -17,12 +17,34 @@ __device__ __forceinline__ uint64_t evict_normal() {
     return policy;
 }
 
-// `bytes` of 16 from source + FROM to target + TO, zeros behind them; with 0 bytes the source is not read.
+// 16 bytes from source + FROM to target + TO.
+template <int TO, int FROM>
+__device__ __forceinline__ void copy16(uint32_t target, const void* source, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0 + %3], [%1 + %4], 16, %2;" ::"r"(target), "l"(source),
+                 "l"(policy), "n"(TO), "n"(FROM)
+                 : "memory");
+}
+// `bytes` of 16, zeros behind them; with 0 bytes the source is not read.
 template <int TO, int FROM>
 __device__ __forceinline__ void copy16_or_zero(uint32_t target, const void* source, uint32_t bytes, uint64_t policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0 + %4], [%1 + %5], 16, %2, %3;" ::"r"(target),
                  "l"(source), "r"(bytes), "l"(policy), "n"(TO), "n"(FROM)
                  : "memory");
+}
+template <int TO, int FROM>
+__device__ __forceinline__ void copy16_or_zero(uint32_t target, const void* source, uint32_t bytes) {
+    asm volatile("cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16, %2;" ::"r"(target), "l"(source), "r"(bytes),
+                 "n"(TO), "n"(FROM)
+                 : "memory");
+}
+// The same for the threads that want it, without a branch.
+template <int TO, int FROM>
+__device__ __forceinline__ void copy16_or_zero_if(bool wanted, uint32_t target, const void* source, uint32_t bytes) {
+    asm volatile(
+        "{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %5, 0;\n"
+        "@wanted cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16, %2;\n}" ::"r"(target),
+        "l"(source), "r"(bytes), "n"(TO), "n"(FROM), "r"(static_cast<uint32_t>(wanted))
+        : "memory");
 }
 
 // Ends a group of copies, which may be empty.

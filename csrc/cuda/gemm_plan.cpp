@@ -8,7 +8,6 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 namespace ptq::cuda {
 namespace {
@@ -21,8 +20,7 @@ constexpr double HANDOVER = 1000;    // more if partial sums go through memory
 constexpr double PARTIAL_SHARE = 0.02;
 constexpr unsigned RESERVED = 1024;  // bytes of shared memory that the driver keeps for itself
 constexpr int MAX_SPLIT = 8;
-// Predictions this close are equal, and the plan that multiplies fewer rows that do not exist is taken, or else the one
-// that asks memory for less.
+// Predictions this close are equal, and the plan that keeps the whole device busy for less is taken.
 constexpr double EQUAL = 1.1;
 
 double products_per_cycle(int capability) {
@@ -49,15 +47,25 @@ double partial_bytes(const GemmPlan& plan) {
 
 double predict(const GemmPlan& plan, const DeviceInfo& device) {
     const TileShape& tile = plan.tile_shape();
-    const double k = static_cast<double>(plan.part_bricks) * BRICK_K;
+    const double k = static_cast<double>(plan.part_bricks) * BRICK_K;  // whole steps
+    const double exists = static_cast<double>(std::min(plan.part_bricks, bricks_of(plan.shape.width))) * BRICK_K;
     const double blocks = static_cast<double>(plan.grid[0]) * plan.grid[1] * plan.grid[2];
     const double rows = std::min<double>(tile.rows(), static_cast<double>(plan.shape.rows));
     const double products = tile.rows() * tile.channels() * k / products_per_cycle(device.capability);
-    const double bytes = (tile.channels() * plan.shape.bits / 8.0 + rows) * k + partial_bytes(plan) / blocks;
+    const double bytes = (tile.channels() * plan.shape.bits / 8.0 + rows) * exists + partial_bytes(plan) / blocks;
     const double block = std::max(products, bytes / CACHE_BYTES);
     const double turns = static_cast<double>(ceil_div(static_cast<int64_t>(blocks), device.multiprocessors));
     const double memory = (weight_bytes(plan) + row_bytes(plan)) / (MEMORY_BYTES * device.multiprocessors);
     return START + (plan.grid[2] > 1 ? HANDOVER : 0) + std::max(turns * block, memory);
+}
+
+// Cycles that all multiprocessors together spend on products, those of rows and channels that do not exist among them,
+// and on waiting for bytes: what a prediction of the busiest one does not see.
+double work(const GemmPlan& plan, const DeviceInfo& device) {
+    const double rows = static_cast<double>(plan.grid[0]) * plan.tile_shape().rows();
+    const double channels = static_cast<double>(plan.grid[1]) * plan.tile_shape().channels();
+    const double products = rows * channels * bricks_of(plan.shape.width) * BRICK_K;
+    return products / products_per_cycle(device.capability) + plan.asked() / CACHE_BYTES;
 }
 
 void check(const GemmShape& s) {
@@ -129,10 +137,7 @@ GemmPlan plan_gemm(const GemmShape& shape, const DeviceInfo& device) {
     }
     const auto thrifty = [&](const GemmPlan& best, const GemmPlan& plan) {
         if (plan.cycles > EQUAL * found.front().cycles) return best;
-        const auto cost = [](const GemmPlan& p) {
-            return std::make_pair(p.grid[0] * static_cast<int64_t>(p.tile_shape().rows()), p.asked());
-        };
-        return cost(plan) < cost(best) ? plan : best;
+        return work(plan, device) < work(best, device) ? plan : best;
     };
     return std::accumulate(found.begin(), found.end(), found.front(), thrifty);
 }

@@ -31,8 +31,9 @@ struct TileShape {
     PTQ_INLINE constexpr int exchange_bytes() const {
         return warps() * 512 * (warps_k > 1 ? units() : (groups + 1) / 2 * 2);
     }
-    // What the epilogue needs: input and output grid of every row, three numbers of every channel.
-    PTQ_INLINE constexpr int constant_bytes() const { return rows() * 32 + channels() * 12; }
+    // What the epilogue needs: of the grids of every row, and three numbers of every channel.
+    static constexpr int ROW_BYTES = 32;
+    PTQ_INLINE constexpr int constant_bytes() const { return rows() * ROW_BYTES + channels() * 12; }
 
     // Dynamic shared memory; of a kernel that normalises, with rows of `resident` columns.
     PTQ_INLINE constexpr int shared_bytes(int bits, int resident = 0) const {
@@ -45,7 +46,7 @@ struct TileShape {
 // From few rows to many; of equal rows, from wide to narrow.
 constexpr TileShape TILES[] = {
     {2, 2, 2, 2, 4},   // 16 x 64
-    {2, 1, 4, 1, 5},   // 16 x 32
+    {2, 1, 4, 2, 3},   // 16 x 32
     {4, 2, 2, 2, 3},   // 32 x 64
     {4, 1, 4, 1, 4},   // 32 x 32
     {8, 4, 1, 2, 3},   // 64 x 128
@@ -60,7 +61,7 @@ constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
 constexpr int NORM_ROWS = 16, NORM_SEGMENTS = 14, NORM_MAX_WIDTH = NORM_SEGMENTS * ROW_SEGMENT;
 constexpr TileShape NORM_TILES[] = {
     {2, 2, 2, 2, 3},  // 16 x 64
-    {2, 1, 4, 1, 4},  // 16 x 32
+    {2, 1, 4, 2, 3},  // 16 x 32
 };
 constexpr int NORM_TILE_COUNT = sizeof(NORM_TILES) / sizeof(NORM_TILES[0]);
 

@@ -16,6 +16,11 @@ __device__ __forceinline__ uint32_t kept(uint32_t value) {
     asm("" : "+r"(value));
     return value;
 }
+template <typename T>
+__device__ __forceinline__ const T* kept(const T* pointer) {
+    asm("" : "+l"(pointer));
+    return pointer;
+}
 
 // d[16 x 8] += a[16 x 32] b[32 x 8], signed bytes, exact in 32 bits (PTX ISA, mma.m16n8k32). Lane 4 g + t holds
 //   a0: row g, k 4t..4t+3    a1: row g + 8    a2, a3: the same rows, k + 16

@@ -207,6 +207,8 @@ struct Quantizer {
 
     __device__ __forceinline__ Quantizer(float recip, float zq, float half)
         : recip(recip), zq(zq), low(SHIFT - half), high(SHIFT + half - 1.0f) {}
+    // The four numbers as they were.
+    __device__ __forceinline__ explicit Quantizer(const float4& q) : recip(q.x), zq(q.y), low(q.z), high(q.w) {}
     __device__ __forceinline__ explicit Quantizer(const Grid& grid) : Quantizer(grid.recip, grid.zq, grid.half()) {}
 
     // A word whose lowest byte is the code.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from ptq4arvg_kernels.backends.triton.launch import Launch
+from ptq4arvg_kernels.backends.triton.launch import Launch, compile_options
 from tests.ptxsim.counters import Result
 from tests.ptxsim.device import Device, pointer_into, storage_offset
 from tests.ptxsim.launcher import Module
@@ -154,9 +154,7 @@ def compile_kernel(
             special.constants,
             capability,
             special.aligned,
-            num_warps,
-            num_stages,
-            enable_fp_fusion=False,
+            **compile_options(num_warps, num_stages),
         )
     return _COMPILED[key], special
 
