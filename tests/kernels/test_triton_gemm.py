@@ -302,9 +302,9 @@ def test_a_dropped_mask_is_noticed(monkeypatch: pytest.MonkeyPatch, helper: str,
     if helper == "load_row":
         case = dataclasses.replace(case, positions=case.positions + len(case.table))
     wrong = edited(getattr(gemm, helper), old, new)
-    caller = "main_loop" if helper == "load_x" else None
+    caller = {"load_x": "main_loop", "load_channels": "load_pieces"}.get(helper)
     if caller is not None:
-        wrong = edited(gemm.main_loop, "def main_loop", "def main_loop", load_x=wrong)
+        wrong = edited(getattr(gemm, caller), f"def {caller}", f"def {caller}", **{helper: wrong})
     names = {caller or helper: wrong}
     if helper in ("load_tile", "load_row"):
         names["finish"] = edited(gemm.finish, "def finish", "def finish", **{helper: wrong})

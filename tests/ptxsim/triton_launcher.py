@@ -154,7 +154,7 @@ def compile_kernel(
             special.constants,
             capability,
             special.aligned,
-            **compile_options(num_warps, num_stages),
+            **compile_options(num_warps, num_stages, capability),
         )
     return _COMPILED[key], special
 

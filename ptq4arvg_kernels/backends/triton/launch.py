@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import gpu
 from ..override import Override
 
 
@@ -39,18 +40,17 @@ Launcher = Callable[[Launch], None]
 REGISTERS, MOST_REGISTERS = 65536, 255  # of a multiprocessor; of a thread
 
 
-def compile_options(num_warps: int, num_stages: int) -> dict[str, Any]:
+def compile_options(num_warps: int, num_stages: int, capability: int) -> dict[str, Any]:
     """What Triton compiles our kernels with.
 
     enable_fp_fusion stays off: the laws forbid fused multiply-adds. maxnreg names the limit that the hardware has
-    anyway; without it the assembler of sm_100 and sm_120 spills registers so that more blocks would fit.
+    anyway; without it the assembler of sm_100 and sm_120 spills registers so that more blocks would fit. Older
+    architectures have another assembler, which schedules worse with it.
     """
-    return {
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-        "enable_fp_fusion": False,
-        "maxnreg": min(MOST_REGISTERS, REGISTERS // (32 * num_warps)),
-    }
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+    if capability >= 100:
+        options["maxnreg"] = min(MOST_REGISTERS, REGISTERS // (32 * num_warps))
+    return options
 
 
 _launcher: Override[Launcher] = Override("triton_launcher")
@@ -63,12 +63,13 @@ def _device_of(arguments: Mapping[str, Any]) -> torch.device:
 def _native(launch: Launch) -> None:
     """On the operands' device and its current stream."""
     device = _device_of(launch.arguments)
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
+    native = device.type == "cuda"  # or interpreted
+    capability = gpu.describe(device).capability if native else 0
+    with torch.cuda.device(device) if native else contextlib.nullcontext():
         launch.kernel[launch.grid](
             **launch.arguments,
             **launch.constants,
-            **compile_options(launch.num_warps, launch.num_stages),
+            **compile_options(launch.num_warps, launch.num_stages, capability),
         )
 
 
