@@ -370,12 +370,11 @@ __device__ __forceinline__ void finish_alone(const int32_t (&acc)[2][GROUPS][4],
     for (int begin = 0; begin < GROUPS; begin += HALF) {
         const int end = begin + HALF < GROUPS ? begin + HALF : GROUPS;
 #pragma unroll
-        for (int u = 2 * begin; u < 2 * end; ++u) own[(u - 2 * begin) * 32] = unit_of(acc, u);
+        for (int u = 2 * begin; u < 2 * end; ++u) own[(u - 2 * begin) * 32] = sums_of<BITS>(unit_of(acc, u));
 #pragma unroll 1
         for (int u = 2 * begin; u < 2 * end; u += 2) {
             const uint32_t local[2] = {row_of_unit(u, warp.lane), row_of_unit(u, warp.lane) + 1};
-            const int4 sums[2] = {sums_of<BITS>(own[(u - 2 * begin) * 32]),
-                                  sums_of<BITS>(own[(u - 2 * begin + 1) * 32])};
+            const int4 sums[2] = {own[(u - 2 * begin) * 32], own[(u - 2 * begin + 1) * 32]};
             epilogue.rows(grids, exist, local, sums);
         }
     }
