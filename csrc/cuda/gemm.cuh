@@ -33,6 +33,8 @@ struct Tile {
     static constexpr int BRICK = TileShape::brick_bytes(BITS), CHUNKS = BRICK / 512;
     static constexpr int PITCH = TileShape::pitch(STEP_K), ACTIVATIONS = ROWS * PITCH;
     static constexpr int WEIGHTS = SHAPE.weight_bytes(BITS), UNITS = SHAPE.units();
+    // Sums fill the registers: what differs from copy to copy or from step to step is computed when it is needed.
+    static constexpr bool LARGE = GROUPS > 8;
 };
 
 // One warp's place in its block.
@@ -151,14 +153,11 @@ struct RowCopies {
     static_assert(T::THREADS % PER_ROW == 0, "a thread stays in its column");
     static_assert(PER_ROW >= 8 || PER_ROW == 4, "eight lanes stay within a row, or a warp covers eight rows");
 
-    // Where sums fill the registers, the size of a copy is found anew each time.
-    static constexpr bool KEEP_SIZES = T::ROWS <= 64;
-
-    const int8_t* source[EACH];             // this thread's bytes; not read where there is no row
-    uint32_t sizes[KEEP_SIZES ? EACH : 1];  // 16, or 0 where there is no row
-    int rows;                               // from the first copy's row on
-    uint32_t target;                        // of the first copy, in the first slot
-    bool last;                              // whether the last step has this thread's columns
+    const int8_t* source[EACH];           // this thread's bytes; not read where there is no row
+    uint32_t sizes[T::LARGE ? 1 : EACH];  // 16, or 0 where there is no row; LARGE: not kept
+    int rows;                             // from the first copy's row on
+    uint32_t target;                      // of the first copy, in the first slot
+    bool last;                            // whether the last step has this thread's columns
 
     __device__ __forceinline__ RowCopies(const GemmParams& p, int first_row, int exist, int first_k, const Steps& steps,
                                          uint32_t shared) {
@@ -176,7 +175,7 @@ struct RowCopies {
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             source[i] = kept(tile + static_cast<uint64_t>(row + i * ROW_STEP) * stride);
-            if (KEEP_SIZES) sizes[i] = kept(rows > i * ROW_STEP ? 16 : 0);
+            if (!T::LARGE) sizes[i] = kept(rows > i * ROW_STEP ? 16 : 0);
         }
     }
     template <int SLOT, int AHEAD, bool SIZED>
@@ -186,7 +185,7 @@ struct RowCopies {
     template <int TO, int FROM, int I = 0>
     __device__ __forceinline__ void copy_each(bool is_last, uint32_t to) {
         if constexpr (I < EACH) {
-            const uint32_t size = KEEP_SIZES ? sizes[KEEP_SIZES ? I : 0] : rows > I * ROW_STEP ? 16 : 0;
+            const uint32_t size = T::LARGE ? (rows > I * ROW_STEP ? 16 : 0) : sizes[T::LARGE ? 0 : I];
             const uint32_t bytes = is_last && !last ? 0 : size;
             if constexpr (ALL % T::THREADS == 0 || I + 1 < EACH) {
                 copy16_or_zero<TO + I * TARGET_STEP, FROM>(to, source[I], bytes);
@@ -217,8 +216,6 @@ struct NoCopies {
 template <class T, int BITS, int GROUPS, int WARPS_K, int DEPTH, int STAGES, bool RESIDENT>
 struct Pipeline {
     static constexpr int EARLY = STAGES - 1;  // steps from a copy to its use
-    // The sums of large tiles leave no registers for what differs from step to step.
-    static constexpr bool UNROLL_ALL = GROUPS <= 8;
 
     WeightRing<T, DEPTH, WARPS_K>& ring;
     std::conditional_t<RESIDENT, NoCopies, RowCopies<T>>& copies;
@@ -235,7 +232,7 @@ struct Pipeline {
     // Those of a step if it exists: `left` steps from it on do.
     template <int SLOT, int AHEAD>
     __device__ __forceinline__ void copy_if(int left) {
-        if constexpr (!UNROLL_ALL) {
+        if constexpr (T::LARGE) {
             if (left >= 1) copy<SLOT, AHEAD, true>(left == 1);
         } else if (left > 1) {
             copy<SLOT, AHEAD, false>(false);
@@ -310,11 +307,11 @@ struct Pipeline {
             turn<Copy::full>(acc);
             advance<STAGES>();
         }
-        if constexpr (UNROLL_ALL) {
+        if constexpr (T::LARGE) {
+            rest_rolled(acc);
+        } else {
             if (steps >= STAGES) turn<Copy::perhaps>(acc);
             rest(acc);
-        } else {
-            rest_rolled(acc);
         }
     }
 };
